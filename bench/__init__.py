@@ -1,0 +1,1 @@
+"""The bench: run methods on models, measure what was saved, keep records, rank them."""

@@ -1,0 +1,234 @@
+"""`python -m bench`: run, list, leaderboard, show, doctor.
+
+Exit codes: 0 fine; 1 something found is unusable, or a method failed; 2 the command line names
+or sets something that cannot be. Errors are one line; `--debug` adds the traceback.
+"""
+
+import inspect
+import json
+import logging
+import sys
+import traceback
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bench.errors import UsageError, one_line
+from bench.terminal import draw, err, line_of, out, watching
+from results import store
+
+app = typer.Typer(
+    help="Make language models smaller, measure what was saved, and rank the results.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+Results = Annotated[Path, typer.Option("--results", help="Folder of records.", metavar="DIR")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+DEFAULT_RESULTS = Path("results")
+MODEL = "smollm2-135m"
+
+RUN_EXAMPLES = """
+[bold]Examples[/bold]
+
+python -m bench run --methods gptq,awq
+
+python -m bench run --methods 'gptq,gptq(bits=3),rtn(bits=4,group_size=32)'
+
+python -m bench run --model gpt2 --data wikitext2 --methods gptq --set gptq.bits=3
+
+python -m bench run --model tiny-llama --data my.txt --window 256 --limit 8 --threads 1
+"""
+
+
+@app.command(epilog=RUN_EXAMPLES)
+def run(
+    model: Annotated[str, typer.Option(help="Alias, hub id, folder or GGUF file.")] = MODEL,
+    methods: Annotated[
+        str, typer.Option(help="name or name(setting=value,...), parted by commas; see `list`.")
+    ] = "gptq,awq",
+    data: Annotated[
+        str, typer.Option(help="Text to measure on: an alias or a .txt, .jsonl, .jsonl.gz file.")
+    ] = "sample",
+    calibration: Annotated[
+        str | None, typer.Option(help="Text to calibrate on.", show_default="same as --data")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 64,
+    length: Annotated[int, typer.Option(min=1, help="Tokens in a calibration sample.")] = 512,
+    window: Annotated[int, typer.Option(min=2, help="Tokens in an evaluation window.")] = 1024,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first N windows.", show_default="all")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="METHOD.SETTING=VALUE", help="A setting; may be repeated."),
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Metrics, parted by commas.", show_default="all")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of every random draw.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads to compute with.", show_default="all cores")
+    ] = None,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout-s", min=0, help="Seconds that one job may take.")
+    ] = 3600.0,
+    results: Results = DEFAULT_RESULTS,
+    debug: Debug = False,
+) -> None:
+    """Compress a model with each method, measure what was saved, keep a record of each.
+
+    Each job runs in processes of its own. A failing method becomes a failed record and the others
+    go on. Ctrl-C leaves what is finished, and running again does only what is missing.
+    """
+    from bench import run as bench_run
+    from bench.leaderboard import groups, row, table
+
+    request = bench_run.Request(
+        model=model,
+        data=data,
+        methods=methods,
+        overrides=tuple(overrides or ()),
+        calibration=calibration,
+        samples=samples,
+        length=length,
+        window=window,
+        limit=limit,
+        metrics=metrics,
+        seed=seed,
+        threads=threads,
+        timeout_s=timeout_s,
+    )
+    tasks = bench_run.plan(request)
+    done: list[store.Record] = []
+    try:
+        with watching() as (watch, say):
+            for record, was_cached in bench_run.run(tasks, results, watch):
+                done.append(record)
+                say(line_of(row(record), was_cached))
+    except KeyboardInterrupt:
+        err.print(f"stopped; {len(done)} of {len(tasks)} jobs are finished: run again to go on")
+        raise typer.Exit(130) from None
+    for group in groups(done):
+        draw(table(group))
+    write_leaderboard(results)
+    if any(record["status"] != "ok" for record in done):
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_all(debug: Debug = False) -> None:
+    """Methods with their settings, models, data and metrics that `run` knows."""
+    from bench import data, models
+    from bench.metrics import METRICS
+    from bench.run import METHOD_PACKAGES
+    from compress import registry
+
+    registry.discover(*METHOD_PACKAGES)
+    out.print("Methods, with their settings and defaults")
+    for name in registry.names():
+        method = registry.get(name)
+        values = [f"{field.name}={getattr(method, field.name)!r}" for field in fields(method)]
+        out.print(f"  {name}: {first_line(sys.modules[type(method).__module__])}", markup=False)
+        out.print(f"      {', '.join(values) or 'no settings'}", markup=False)
+    out.print("\nModels (or a hub id, a folder, a GGUF file)")
+    for alias, hub_id in models.ALIASES.items():
+        out.print(f"  {alias}: {hub_id or 'random weights, made here'}", markup=False)
+    out.print("\nData (or a .txt, .jsonl, .jsonl.gz file)")
+    for name, about in data.names().items():
+        out.print(f"  {name}: {about}", markup=False)
+    out.print("\nMetrics")
+    for name, metric in METRICS.items():
+        out.print(f"  {name}: {first_line(metric)}", markup=False)
+
+
+@app.command()
+def leaderboard(
+    form: Annotated[str, typer.Option("--format", help="md, csv or json.")] = "md",
+    results: Results = DEFAULT_RESULTS,
+    debug: Debug = False,
+) -> None:
+    """Print one row a record; md is also written to LEADERBOARD.md in the folder of records."""
+    from bench import leaderboard as board
+    from bench.run import METHOD_PACKAGES
+    from compress import registry
+
+    if form not in ("md", "csv", "json"):
+        raise UsageError(f"no format {form!r}; known: md, csv, json")
+    registry.discover(*METHOD_PACKAGES)
+    if form == "md":
+        sys.stdout.write(write_leaderboard(results))
+        return
+    records = store.load_all(existing(results))
+    sys.stdout.write(board.to_csv(records) if form == "csv" else board.to_json(records))
+
+
+@app.command()
+def show(
+    key: Annotated[str, typer.Argument(help="Key of a record, or its first digits.")],
+    results: Results = DEFAULT_RESULTS,
+    debug: Debug = False,
+) -> None:
+    """Print one record whole: raw values, protocol, versions, machine, commit."""
+    record = store.find(existing(results), key)
+    sys.stdout.write(json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+@app.command()
+def doctor(debug: Debug = False) -> None:
+    """What is installed, what the machine has, which models are here, what a run would need."""
+    from bench.doctor import report
+
+    for line in report():
+        out.print(line, markup=False)
+
+
+def write_leaderboard(results: Path) -> str:
+    """Render LEADERBOARD.md in `results` and return its text."""
+    from bench.leaderboard import to_markdown
+
+    text = to_markdown(store.load_all(existing(results)))
+    file = results / "LEADERBOARD.md"
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        store.write_atomically(file, text)
+    return text
+
+
+def existing(results: Path) -> Path:
+    """`results` if it is a folder. Raises UsageError."""
+    if not results.is_dir():
+        raise UsageError(f"no folder of records at {results}; `run` makes one, --results names one")
+    return results
+
+
+def first_line(documented: Any) -> str:
+    """The first line of a docstring."""
+    return (inspect.getdoc(documented) or "").partition("\n")[0]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; ends the process with the exit code said above."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("bench").setLevel(logging.INFO)
+    try:
+        app(arguments, prog_name="python -m bench")
+    except (ValueError, OSError) as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        err.print(f"error: {one_line(error)}", markup=False)
+        sys.exit(2 if is_usage(error) else 1)
+
+
+def is_usage(error: Exception) -> bool:
+    """Whether the command line is wrong, as opposed to what it led to."""
+    if isinstance(error, (UsageError, store.UnknownKey)):
+        return True
+    from bench.data import UnknownData
+    from bench.models import UnknownModel
+    from compress.registry import UnknownName
+
+    return isinstance(error, (UnknownName, UnknownModel, UnknownData))

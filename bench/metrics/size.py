@@ -1,0 +1,75 @@
+"""Size of the saved artefact: bytes of the folder, bits a weight, and what was left alone.
+
+Everything is read from the files: the headers of the safetensors and compression.json. Bits of
+a quantized weight count its codes, scales, zeros and orders; bits over all weights count every
+tensor, so that embeddings and norms in floating point are not forgotten.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from bench.metrics.subject import Progress, Subject
+from compress.checkpoint import layer_specs, weight_files
+
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
+
+
+def size(subject: Subject, progress: Progress) -> dict[str, Any]:
+    """size_bytes: all files. tensor_bytes: the tensors alone. weights: how many numbers they mean.
+
+    bits_per_weight = 8 * tensor_bytes / weights; bits_per_quantized_weight the same over the
+    quantized matrices alone (None if there is none), quantized_weights their number.
+    left_alone: role (embedding, norm, bias, head, linear) -> how many weights stayed as floats.
+    """
+    folder = subject.artefact
+    specs = layer_specs(folder)
+    quantized = {name: spec["in_features"] * spec["out_features"] for name, spec in specs.items()}
+    tensors = headers(folder)
+    inside = {
+        name
+        for name in tensors
+        if name.rpartition(".")[0] in quantized and not name.endswith(".bias")
+    }
+    quantized_bytes = sum(tensors[name][1] for name in inside)
+    left_alone: dict[str, int] = {}
+    for name in tensors.keys() - inside:
+        role = role_of(name, tensors[name][0])
+        left_alone[role] = left_alone.get(role, 0) + math.prod(tensors[name][0])
+    quantized_weights = sum(quantized.values())
+    weights = quantized_weights + sum(left_alone.values())
+    tensor_bytes = sum(count for _, count in tensors.values())
+    return {
+        "size_bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        "tensor_bytes": tensor_bytes,
+        "weights": weights,
+        "bits_per_weight": 8 * tensor_bytes / weights,
+        "quantized_weights": quantized_weights,
+        "bits_per_quantized_weight": 8 * quantized_bytes / quantized_weights if quantized else None,
+        "left_alone": left_alone,
+    }
+
+
+def headers(folder: Path) -> dict[str, tuple[list[int], int]]:
+    """Tensor name -> (shape, bytes) over all safetensors files of `folder`."""
+    found = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                part = file.get_slice(name)
+                shape = part.get_shape()
+                found[name] = (shape, math.prod(shape) * BYTES[part.get_dtype()])
+    return found
+
+
+def role_of(name: str, shape: list[int]) -> str:
+    """What a tensor left in floating point is, by its name in GPT-2 and Llama checkpoints."""
+    if name.endswith(".bias"):
+        return "bias"
+    if len(shape) == 1:
+        return "norm"
+    if any(part in name for part in ("embed", "wte", "wpe")):
+        return "embedding"
+    return "head" if name.startswith("lm_head") else "linear"

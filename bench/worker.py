@@ -1,0 +1,173 @@
+"""Runs one step of one job in this process: `python -m bench.worker BOX compress|measure`.
+
+The box is a folder: the launcher leaves `task.json` in it, the worker leaves `progress`, then
+`measured.json` or `error.json`. The same file runs in the main environment and in a peer's
+isolated one, so that every method is measured by the same code.
+
+compress: load the model, compress, save, and put the artefact in its place whole.
+measure: load the artefact, as any other program would, and take the metrics from it.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from bench import data, memory, models
+from bench.errors import one_line
+from bench.job import Job
+from bench.machine import packages
+from bench.metrics import METRICS
+from bench.metrics.subject import Subject
+from compress import registry
+
+
+def main(box: Path, step: str) -> int:
+    """Run `step`; returns the exit code. A failure becomes error.json, its traceback stderr."""
+    try:
+        task = json.loads((box / "task.json").read_text(encoding="utf-8"))
+        job = Job(**task["job"])
+        registry.discover(*task["packages"])
+        random.seed(job.seed)
+        numpy.random.seed(job.seed)
+        torch.manual_seed(job.seed)
+        torch.set_num_threads(job.threads)
+        {"compress": compress, "measure": measure}[step](box, job, task)
+    except Exception as error:
+        traceback.print_exc()
+        write(box / "error.json", {"error": one_line(error)})
+        return 1
+    return 0
+
+
+def compress(box: Path, job: Job, task: dict[str, Any]) -> None:
+    """Make the artefact folder: `model/` as the method saves it, cost.json and job.json beside."""
+    method = registry.get(job.method, **job.settings)
+    model = models.Model(job.model, Path(task["folder"]), job.revision)
+    baseline = memory.reset_peak()
+    blocks = None
+    if job.calibration:
+        drawn = {name: job.calibration[name] for name in ("samples", "length", "seed")}
+        name = job.calibration["data"]
+        blocks = data.calibration_blocks(name, models.tokenizer(model), **drawn)
+    network = models.load(model)
+
+    wall, cpu = time.perf_counter(), time.process_time()
+    ids = blocks.ids if blocks else None
+    compressed = method.compress(network, ids, reporter(box, "block"))
+    cost: dict[str, Any] = {
+        "compress_s": time.perf_counter() - wall,
+        "compress_cpu_s": time.process_time() - cpu,
+    }
+    made = box / "artefact"
+    folder = made / "model"
+    folder.mkdir(parents=True)
+    start = time.perf_counter()
+    method.save(compressed, folder)
+    cost |= {
+        "save_s": time.perf_counter() - start,
+        "compress_peak_rss_bytes": memory.peak_bytes() - baseline,
+        "compress_baseline_rss_bytes": baseline,
+    }
+    used = {"calibration": facts(blocks)} if blocks else {}
+    write(made / "job.json", task["job"])
+    write(made / "cost.json", {"values": cost, "blocks": used, "files": sizes(folder)})
+    put_in_place(made, Path(task["artefact"]))
+
+
+def measure(box: Path, job: Job, task: dict[str, Any]) -> None:
+    """Write measured.json: the values of all metrics, and what they were measured on."""
+    method = registry.get(job.method, **job.settings)
+    model = models.Model(job.model, Path(task["folder"]), job.revision)
+    protocol = job.protocol
+    tokenizer = models.tokenizer(model)
+    blocks = data.evaluation_blocks(job.data, tokenizer, protocol["window"], protocol["limit"])
+    folder = Path(task["artefact"]) / "model"
+
+    baseline = memory.reset_peak()
+    start = time.perf_counter()
+    runner = method.load(folder)
+    load_s = time.perf_counter() - start
+    subject = Subject(
+        runner=runner,
+        artefact=folder,
+        blocks=blocks,
+        threads=job.threads,
+        load_s=load_s,
+        prompt_tokens=protocol["prompt_tokens"],
+        new_tokens=protocol["new_tokens"],
+        seed=job.seed,
+    )
+    values: dict[str, Any] = {"load_s": load_s}
+    for name in job.metrics:
+        values |= finite(name, METRICS[name](subject, reporter(box, name)))
+    values["measure_peak_rss_bytes"] = memory.peak_bytes() - baseline
+    used = {"evaluation": facts(blocks)}
+    write(box / "measured.json", {"values": values, "blocks": used, "packages": packages()})
+
+
+def finite(metric: str, values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, unless one is NaN or infinite: that is a broken method, not one that ranks last."""
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise FloatingPointError(f"{metric}: {name} is NaN or infinite")
+    return values
+
+
+def reporter(box: Path, unit: str) -> Any:
+    """A progress function that leaves "unit done total" where the launcher looks for it."""
+
+    def report(done: int, total: int) -> None:
+        (box / "progress").write_text(f"{unit} {done} {total}")
+
+    return report
+
+
+def facts(blocks: data.Blocks) -> dict[str, Any]:
+    """What a record keeps about the tokens that were used."""
+    count, length = blocks.ids.shape
+    return {
+        "data": blocks.data,
+        "split": blocks.split,
+        "sha256": blocks.sha256,
+        "tokens": blocks.tokens,
+        "count": count,
+        "length": length,
+    }
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file below `folder`, by relative path."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+
+
+def put_in_place(made: Path, place: Path) -> None:
+    """Rename `made` to `place`, both on one file system: whole or not at all."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # Something broken may lie there, or the equal result of another run: ours is as good.
+    old = made.with_name("replaced")
+    if place.exists():
+        os.rename(place, old)
+    os.rename(made, place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write(file: Path, value: Any) -> None:
+    """JSON without NaN or infinity: those are failures, not results."""
+    file.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    from bench.launch import child
+
+    child(sys.argv[1], sys.argv[2], parent=0)

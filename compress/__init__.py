@@ -1,0 +1,62 @@
+"""Compression methods for GPT-2 and Llama style language models, usable without the bench.
+
+    import compress
+
+    model = compress.load("path/to/model")                       # a Hugging Face folder
+    small = compress.apply("gptq", model, calibration, bits=4)   # (samples, tokens) int64 ids
+    compress.save(small, "path/to/small")
+    again = compress.load("path/to/small")                       # same logits, bit for bit
+
+`names()` lists the methods, `get(name, **settings)` gives one as a value, `describe` its text.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from compress import registry
+from compress.base import Compressor, Progress, Runner, TorchRunner, generate, silent
+from compress.checkpoint import load, save
+from compress.registry import describe, get, names, parse, parse_list
+
+__all__ = [
+    "Compressor",
+    "Runner",
+    "TorchRunner",
+    "apply",
+    "describe",
+    "generate",
+    "get",
+    "load",
+    "names",
+    "parse",
+    "parse_list",
+    "save",
+]
+
+registry.discover("compress.methods")
+
+
+def apply(
+    name: str,
+    model: nn.Module,
+    calibration: Tensor | None = None,
+    progress: Progress = silent,
+    **settings: Any,
+) -> nn.Module:
+    """Compress `model` by the method `name`; may reuse and modify it.
+
+    name: one of names(), or the longer form "gptq(bits=3)". calibration: (samples, tokens) int64
+    token ids, for the methods that need it. Transformers' own GPT-2 models are accepted as they
+    are (their Conv1D layers are replaced by equal Linear ones first).
+
+    Raises UnknownName for a method or setting that does not exist, ValueError for a value that
+    makes no sense, a missing calibration, or weights that are not finite.
+    """
+    from compress.layers import conv1d_to_linear
+
+    plain, written = parse(name)
+    method = get(plain, **written, **settings)
+    if method.needs_calibration and calibration is None:
+        raise ValueError(f"method {plain!r} needs calibration: (samples, tokens) int64 token ids")
+    return method.compress(conv1d_to_linear(model), calibration, progress)

@@ -1,0 +1,131 @@
+"""The one contract between methods and the bench: compress, save, load, run."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compress import checkpoint
+
+Progress = Callable[[int, int], None]  # (decoder blocks done, decoder blocks in all)
+
+
+def silent(done: int, total: int) -> None:
+    """The default progress: says nothing."""
+
+
+class Runner(Protocol):
+    """A loaded model as the bench sees it: token ids in, numbers out."""
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """(batch, seq) int64 token ids -> (batch, seq, vocab) float32."""
+        ...
+
+    def logit_chunks(self, ids: Tensor, chunk_tokens: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (flat positions, logits) until all batch * seq positions are given.
+
+        ids: (batch, seq) int64. Each piece is (slice over batch * seq, (n, vocab) tensor in the
+        dtype that the model computes), n <= chunk_tokens: the full logits never exist at once.
+        """
+        ...
+
+    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
+        """Read the prompt (batch, seq): logits of its last token (batch, vocab), and a cache."""
+        ...
+
+    def decode(self, ids: Tensor, cache: Any) -> Tensor:
+        """One more token (batch, 1) on top of `cache`, which grows: logits (batch, vocab)."""
+        ...
+
+    def kernels(self, rows: int) -> list[str]:
+        """Names of the arithmetic that the linear layers use for so many rows at once."""
+        ...
+
+
+def generate(runner: Runner, ids: Tensor, new_tokens: int) -> Tensor:
+    """Greedy continuation, the same loop for every method: (batch, seq) -> (batch, seq + new).
+
+    Never stops early, so that equal arguments mean equal work.
+    """
+    logits, cache = runner.prefill(ids)
+    tokens = [ids]
+    for step in range(new_tokens):
+        tokens.append(logits.argmax(-1, keepdim=True))
+        if step + 1 < new_tokens:
+            logits = runner.decode(tokens[-1], cache)
+    return torch.cat(tokens, dim=1)
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """A method together with its settings: the dataclass fields are the config.
+
+    Override `compress`. Override `save` and `load` too when the result is not a
+    PyTorch module (ONNX, a peer library's own format).
+    """
+
+    needs_calibration: ClassVar[bool] = False
+    env: ClassVar[str | None] = None  # None: this interpreter; else baselines/envs/<env>.txt
+
+    def compress(
+        self, model: nn.Module, calibration: Tensor | None = None, progress: Progress = silent
+    ) -> Any:
+        """Turn `model` into its compressed form; may reuse and modify `model`.
+
+        calibration: (samples, seq) int64 token ids, or None if not needed.
+        """
+        raise NotImplementedError
+
+    def save(self, compressed: Any, folder: Path) -> None:
+        """Write safetensors and JSON: an artefact never holds code."""
+        checkpoint.save(compressed, folder, self)
+
+    def load(self, folder: Path) -> Runner:
+        """The saved artefact, ready to run."""
+        return TorchRunner(checkpoint.load(folder))
+
+
+class TorchRunner:
+    """Runner over a Hugging Face causal language model (compressed or not)."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model.eval()
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor) -> Tensor:
+        """See Runner."""
+        return self.model(ids, use_cache=False).logits.float()
+
+    @torch.inference_mode()
+    def logit_chunks(self, ids: Tensor, chunk_tokens: int) -> Iterator[tuple[slice, Tensor]]:
+        """See Runner. GPT-2 and Llama project the last hidden state by one linear layer."""
+        hidden = self.model.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        head = self.model.get_output_embeddings()
+        for start in range(0, len(hidden), chunk_tokens):
+            piece = slice(start, min(start + chunk_tokens, len(hidden)))
+            yield piece, head(hidden[piece])
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
+        """See Runner."""
+        out = self.model(ids, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1], out.past_key_values
+
+    @torch.inference_mode()
+    def decode(self, ids: Tensor, cache: Any) -> Tensor:
+        """See Runner."""
+        return self.model(ids, past_key_values=cache, use_cache=True).logits[:, -1]
+
+    def kernels(self, rows: int) -> list[str]:
+        """See Runner. Layers of ours name their kernel; plain ones are named by their type."""
+        dtype = self.model.get_input_embeddings().weight.dtype
+        names = set()
+        for module in self.model.modules():
+            if hasattr(module, "kernel"):
+                names.add(module.kernel(rows, dtype))
+            elif isinstance(module, nn.Linear):
+                names.add(f"linear {str(dtype).removeprefix('torch.')}")
+        return sorted(names)

@@ -1,0 +1,85 @@
+"""Layers that compute in another type than they store: int8 times int8, and float16 storage.
+
+`Int8DynamicLinear` quantizes its input as it comes, one scale and zero a token, and multiplies
+integers; `Float16Linear` stores half precision and multiplies in the type of its input.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compress.quant_linear import QuantLinear, dtype_of, whole
+
+
+class Int8DynamicLinear(QuantLinear):
+    """int8 weights, one symmetric scale a row, times int8 inputs, one scale a token.
+
+    Inputs are quantized as they come, asymmetrically: x = input_scale * (code - input_zero). The
+    product is taken in integers and is exact; only the two roundings to int8 lose anything.
+    """
+
+    kind = "int8_dynamic"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out) in the type of x."""
+        flat = x.reshape(-1, self.in_features).float()
+        low = flat.amin(1, keepdim=True).clamp_(max=0)
+        high = flat.amax(1, keepdim=True).clamp_(min=0)
+        input_scale = ((high - low) / 255).clamp_(min=torch.finfo(torch.float32).tiny)
+        input_zero = torch.round(-128 - low / input_scale)
+        codes = torch.round(flat / input_scale).add_(input_zero).clamp_(-128, 127)
+        y = torch._int_mm(codes.to(torch.int8), self.codes.T).float()  # (tokens, out)
+        y -= input_zero * self._row_sums()
+        y *= input_scale * self.scale[:, 0].float()
+        y = y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def _row_sums(self) -> Tensor:
+        if not hasattr(self, "_sums"):
+            self._sums = self.codes.sum(1, dtype=torch.int32).float()
+        return self._sums
+
+    def kernel(self, rows: int, dtype: torch.dtype) -> str:
+        """See QuantLinear."""
+        return "int_mm"
+
+
+class Float16Linear(nn.Module):
+    """A Linear stored in float16 that multiplies in the type of its input."""
+
+    kind = "float16"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out) in the type of x."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+    def kernel(self, rows: int, dtype: torch.dtype) -> str:
+        """See QuantLinear."""
+        return "float16 storage"
+
+    def spec(self) -> dict[str, Any]:
+        """See QuantLinear."""
+        return {
+            "kind": self.kind,
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": None if self.bias is None else str(self.bias.dtype).removeprefix("torch."),
+        }
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> "Float16Linear":
+        """See QuantLinear."""
+        rows, columns = whole(spec, "out_features"), whole(spec, "in_features")
+        weight = torch.empty(rows, columns, dtype=torch.float16, device="meta")
+        if not spec.get("bias"):
+            return cls(weight, None)
+        return cls(weight, torch.empty(rows, dtype=dtype_of(spec, "bias"), device="meta"))

@@ -1,0 +1,150 @@
+"""Where the linear layers of a decoder are: walk them, group them, make GPT-2's like Llama's.
+
+GPT-2 and Llama blocks are two residual halves, x + module(norm(x)): attention, then the MLP.
+In each half some linear layers read the half's input (q, k, v; gate, up) and one writes its
+output (o; down). That is all a calibrated method needs to know of a model, and this file is
+the only one that knows it. Another model family is one more entry in FAMILIES.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+SKIP = ("lm_head",)  # what every method leaves in floating point unless it is told otherwise
+
+
+@dataclass(frozen=True)
+class Half:
+    """One residual half of a decoder block; all names are relative to the block.
+
+    inputs: linear layers that read norm(x). output: the last linear layer of the half.
+    before_output: the linear whose output channels reach `output` scaled one by one, so that a
+    factor can move between the two exactly; None where a non-linearity stands between.
+    """
+
+    norm: str
+    module: str
+    inputs: tuple[str, ...]
+    output: str
+    before_output: str | None
+
+
+@dataclass(frozen=True)
+class Family:
+    """The layout of one model type. blocks: dotted name of the list of decoder blocks."""
+
+    blocks: str
+    attention: Half
+    mlp: Half
+
+
+FAMILIES = {
+    "llama": Family(
+        "model.layers",
+        Half(
+            norm="input_layernorm",
+            module="self_attn",
+            inputs=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            output="self_attn.o_proj",
+            before_output="self_attn.v_proj",
+        ),
+        Half(
+            norm="post_attention_layernorm",
+            module="mlp",
+            inputs=("mlp.gate_proj", "mlp.up_proj"),
+            output="mlp.down_proj",
+            before_output="mlp.up_proj",
+        ),
+    ),
+    "gpt2": Family(
+        "transformer.h",
+        # The last third of c_attn's rows is v. GELU stands between c_fc and mlp.c_proj.
+        Half("ln_1", "attn", ("attn.c_attn",), "attn.c_proj", before_output="attn.c_attn"),
+        Half("ln_2", "mlp", ("mlp.c_fc",), "mlp.c_proj", before_output=None),
+    ),
+}
+
+
+def family(model: nn.Module) -> Family:
+    """The layout of `model`. Raises ValueError for a model type that is not in FAMILIES."""
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if model_type not in FAMILIES:
+        raise ValueError(f"model type {model_type!r} is not supported; known: {list(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def decoder_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(dotted name, block) of every decoder block, first to last."""
+    name = family(model).blocks
+    return [(f"{name}.{index}", block) for index, block in enumerate(model.get_submodule(name))]
+
+
+def named_linears(
+    model: nn.Module, skip: tuple[str, ...] = SKIP
+) -> Iterator[tuple[str, nn.Linear]]:
+    """(dotted name, layer) of every nn.Linear whose name does not end in one of `skip`."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and not name.endswith(skip):
+            yield name, module
+
+
+class LinearFromConv1D(nn.Linear):
+    """A Linear that came from GPT-2's Conv1D: its weight is written transposed when saved."""
+
+
+def conv1d_to_linear(model: nn.Module) -> nn.Module:
+    """Replace every transformers Conv1D, weight (in, out), by a Linear, weight (out, in).
+
+    Exact: y = x W + b either way. Works in place, also on the meta device, and returns `model`.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            rows, columns = module.weight.shape
+            linear = LinearFromConv1D(rows, columns, device="meta")
+            linear.weight = nn.Parameter(module.weight.detach().T.contiguous(), False)
+            linear.bias = nn.Parameter(module.bias.detach(), False)
+            model.set_submodule(name, linear)
+    return model
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Convert the parameters of `model` in place; buffers (codes, scales, rotary angles) stay."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def replace_linears(
+    model: nn.Module,
+    skip: tuple[str, ...],
+    make: Callable[[Tensor, Tensor | None], nn.Module],
+    progress: Callable[[int, int], None],
+) -> nn.Module:
+    """Put make(weight, bias) where each Linear outside `skip` stands, one layer at a time.
+
+    make gets the weight (out, in) as float32. Raises ValueError, naming the layer, if a weight is
+    not finite or make refuses it, and if there is no layer: a method without effect must not
+    reach the leaderboard.
+    """
+    linears = list(named_linears(model, skip))
+    if not linears:
+        raise ValueError(f"no Linear layer to compress outside skip={skip}")
+    for done, (name, layer) in enumerate(linears, start=1):
+        try:
+            model.set_submodule(name, make(finite(layer.weight), layer.bias))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        progress(done, len(linears))
+    return model
+
+
+def finite(weight: Tensor) -> Tensor:
+    """`weight` as float32. Raises ValueError if it holds NaN or infinity."""
+    weight = weight.detach().float()
+    if not weight.isfinite().all():
+        raise ValueError("the weight holds NaN or infinity")
+    return weight

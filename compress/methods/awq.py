@@ -1,0 +1,202 @@
+"""AWQ: scale up the input channels that matter before rounding, and undo it in the layer before.
+
+Rounding errors of a weight column count in proportion to the size of the inputs it meets. AWQ
+multiplies column j by s[j] and divides input j by it: the function is unchanged, but the rounding
+error of column j shrinks by about s[j]. s = (mean |x|) ** alpha, with alpha from a grid search on
+the squared output error; dividing the input costs nothing, since 1 / s folds into the norm (or
+the v or up projection) before. Then each group's range is shrunk to the least output error.
+
+Everything is measured through H = E[x x^T]: the output error of a change D is tr(D H D^T), so
+the search needs no forward pass. The scale of an attention output is shared by the query heads
+that read one key-value head, which makes the fold exact under grouped-query attention as well.
+A layer behind GELU (GPT-2's mlp.c_proj) cannot be scaled exactly and is only clipped.
+
+Source: J. Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and
+Acceleration", 2023, https://arxiv.org/abs/2306.00978
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from compress import calibrate
+from compress.base import Compressor, Progress, silent
+from compress.calibrate import Group, matmul_nt
+from compress.layers import cast_parameters, finite
+from compress.quant_linear import DTYPES, QuantLinear, check_dtype
+from compress.quant_math import check_grid, fit_range, grouped, rounded, to_codes
+from compress.registry import register
+
+# Attention scores are products of two quantized layers; their error is not that of one output.
+NOT_CLIPPED = ("q_proj", "k_proj")
+
+
+@dataclass(frozen=True)
+class Awq(Compressor):
+    """Quantize every linear layer of the decoder blocks.
+
+    bits: 2, 3, 4 or 8. group_size: inputs of a row that share a scale; -1 for the whole row.
+    symmetric: no zero is stored. grid: number of values of alpha tried, 0 up to below 1; 0 means
+    no scaling. clip: shrink each range to the least output error.
+    dtype: type of scales, of everything left alone, and of the arithmetic.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = False
+    grid: int = 20
+    clip: bool = True
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on a setting that makes no sense."""
+        check_grid(self.bits, self.group_size)
+        check_dtype(self.dtype)
+        if not 0 <= self.grid <= 1000:
+            raise ValueError(f"grid must be between 0 and 1000, not {self.grid}")
+
+    def compress(
+        self, model: nn.Module, calibration: Tensor | None = None, progress: Progress = silent
+    ) -> nn.Module:
+        """Quantize `model` in place, block by block, and return it.
+
+        calibration: (samples, tokens) int64. Raises ValueError if it is missing or makes no
+        sense, or if a weight is not finite.
+        """
+        if calibration is None:
+            raise ValueError("awq needs calibration: (samples, tokens) int64 token ids")
+        calibrate.run(model, calibration, self.solve_groups, "float", progress)
+        return cast_parameters(model, DTYPES[self.dtype])
+
+    def solve_groups(self, groups: list[Group]) -> dict[str, nn.Module]:
+        """Scale the block of `groups` in place, then give the quantized layers."""
+        for group in groups:
+            for layer in group.layers:
+                layer.weight = nn.Parameter(finite(layer.weight), False)  # ours to change
+        for group in groups:
+            if self.grid:
+                self.scale(group)
+        return {
+            name: self.quantize(
+                layer, group.gram, clip=self.clip and not name.endswith(NOT_CLIPPED)
+            )
+            for group in groups
+            for name, layer in zip(group.names, group.layers, strict=True)
+        }
+
+    def scale(self, group: Group) -> None:
+        """Choose s for `group`, multiply it into the layers, divide it out of what is before.
+
+        The block's function stays the same; group.gram becomes that of the divided input.
+        """
+        target = Before.of(group)
+        if target is None:
+            return
+        weight = torch.cat([layer.weight for layer in group.layers])
+        magnitude = target.shared(group.magnitude).clamp(min=1e-8)
+        best, least = torch.ones_like(magnitude), torch.inf
+        for step in range(self.grid):
+            s = magnitude ** (step / self.grid)
+            s = (s / (s.max() * s.min()).sqrt()).clamp(min=1e-4)
+            error = output_error(self._rounded(weight * s) / s - weight, group.gram)
+            if error < least:
+                best, least = s, error
+        for layer in group.layers:
+            layer.weight.mul_(best)
+        target.divide(best)
+        group.gram /= best[:, None] * best
+
+    def quantize(self, layer: nn.Linear, gram: Tensor, clip: bool) -> QuantLinear:
+        """Codes on the grid whose ranges give the least output error of each group."""
+        columns = layer.weight.shape[1]
+        groups = grouped(layer.weight, self.group_size)  # (out, groups, group_size)
+        size = groups.shape[2]
+        blocks = torch.zeros(groups.shape[1], size, size)  # H of each group
+        for index in range(len(blocks)):
+            part = gram[index * size : (index + 1) * size, index * size : (index + 1) * size]
+            blocks[index, : len(part), : len(part)] = part
+
+        def loss(residual: Tensor) -> Tensor:
+            turned = residual.transpose(0, 1)  # (groups, out, group_size)
+            return (turned @ blocks).mul_(turned).sum(-1, keepdim=True).transpose(0, 1)
+
+        dtype = DTYPES[self.dtype]
+        scale, zero = fit_range(groups, self.bits, self.symmetric, dtype, clip, loss)
+        codes = to_codes(groups, scale, zero, self.bits).flatten(1)[:, :columns]
+        return QuantLinear.from_codes(
+            codes.to(torch.uint8),
+            scale[..., 0],
+            None if self.symmetric else zero[..., 0],
+            layer.bias,
+            self.bits,
+            self.group_size,
+            dtype=dtype,
+        )
+
+    def _rounded(self, weight: Tensor) -> Tensor:
+        """`weight` (out, in) as plain rounding to the grid leaves it."""
+        groups = grouped(weight, self.group_size)
+        dtype = DTYPES[self.dtype]
+        scale, zero = fit_range(groups, self.bits, self.symmetric, dtype)
+        return rounded(groups, scale, zero, self.bits).flatten(1)[:, : weight.shape[1]]
+
+
+def output_error(change: Tensor, gram: Tensor) -> float:
+    """tr(D H D^T): mean over tokens of the squared change of the output, summed over outputs."""
+    return matmul_nt(change, gram).mul_(change).sum(dtype=torch.float64).item()
+
+
+@dataclass
+class Before:
+    """The parameters before a group's input, and how their channels meet its input channels.
+
+    Dividing channel c of `parameters` by s[c] divides the group's input channels by `s` of the
+    same index, where the input is `heads` runs of `repeat` copies of `width` channels.
+    """
+
+    parameters: list[Tensor]  # each with the channels along its first axis
+    heads: int
+    repeat: int
+    width: int
+
+    @classmethod
+    def of(cls, group: Group) -> "Before | None":
+        """What is before `group`; None where a non-linearity forbids an exact fold."""
+        channels = len(group.gram)
+        if group.names == group.half.inputs:
+            norm: Any = group.block.get_submodule(group.half.norm)
+            return cls(_owned(norm), 1, 1, channels)
+        if group.half.before_output is None:
+            return None
+        before: Any = group.block.get_submodule(group.half.before_output)
+        parameters = _owned(before)
+        if len(parameters[0]) >= channels:  # the last rows: GPT-2's c_attn holds q, k and v
+            return cls([p[-channels:] for p in parameters], 1, 1, channels)
+        width = group.block.get_submodule(group.half.module).head_dim  # type: ignore[union-attr]
+        heads = len(parameters[0]) // width  # key-value heads
+        return cls(parameters, heads, channels // len(parameters[0]), width)
+
+    def shared(self, magnitude: Tensor) -> Tensor:
+        """Mean of `magnitude` over the input channels that one parameter channel feeds."""
+        runs = magnitude.view(self.heads, self.repeat, self.width)
+        return runs.mean(1, keepdim=True).expand_as(runs).reshape(-1)
+
+    def divide(self, s: Tensor) -> None:
+        """Divide by s, (in,), equal over shared channels."""
+        per_channel = s.view(self.heads, self.repeat, self.width)[:, 0].reshape(-1)
+        for parameter in self.parameters:
+            parameter.div_(per_channel if parameter.dim() == 1 else per_channel[:, None])
+
+
+def _owned(module: nn.Module) -> list[Tensor]:
+    """Weight and bias of `module`, made float32 and writable."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        setattr(module, name, nn.Parameter(parameter.detach().float().clone(), False))
+    return [parameter.data for parameter in module.parameters(recurse=False)]
+
+
+register("awq", Awq())

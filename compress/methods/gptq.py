@@ -1,0 +1,195 @@
+"""GPTQ: quantize one column at a time, and let the columns still to come absorb the error.
+
+For a layer W with inputs x, the squared output error of a change D is tr(D H D^T) with
+H = E[x x^T]. Columns are rounded one after another; the error of column j, divided by U[j, j],
+times row j of U, is taken off the columns not yet rounded, where U is the upper Cholesky factor
+of H^-1. Columns with large H[j, j] go first (act_order), when most columns can still absorb.
+Layers that read the same input share H and are solved as one tall matrix.
+
+Source: E. Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative
+Pre-trained Transformers", 2022, Algorithm 1, https://arxiv.org/abs/2210.17323
+Differs from it in two points: ranges may be shrunk to the least error (clip), and with
+static_groups the groups are those of the stored column order, so no index is stored.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from compress import calibrate
+from compress.base import Compressor, Progress, silent
+from compress.calibrate import Group
+from compress.layers import cast_parameters, finite
+from compress.quant_linear import DTYPES, QuantLinear, check_dtype
+from compress.quant_math import check_grid, fit_range, grouped
+from compress.registry import register
+
+BLOCK = 128  # columns solved before the rest of the matrix is updated in one product
+
+
+@dataclass(frozen=True)
+class Gptq(Compressor):
+    """Quantize every linear layer of the decoder blocks.
+
+    bits: 2, 3, 4 or 8. group_size: inputs of a row that share a scale; -1 for the whole row.
+    symmetric: no zero is stored. clip: shrink each range to the least squared error, with inputs
+    weighted by their mean square. act_order: columns in order of decreasing H[j, j].
+    static_groups: ranges are fixed before the first column is rounded; with act_order off it
+    only matters that they are older. damping: share of the mean of H's diagonal added to it;
+    multiplied by 10 as often as the Cholesky factorization needs. true_sequential: each group of
+    layers sees inputs computed by the layers already quantized, also within a block.
+    dtype: type of scales, of everything left alone, and of the arithmetic.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = False
+    clip: bool = True
+    act_order: bool = True
+    static_groups: bool = True
+    damping: float = 0.01
+    true_sequential: bool = True
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError on a setting that makes no sense."""
+        check_grid(self.bits, self.group_size)
+        check_dtype(self.dtype)
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping must be above 0 and at most 1, not {self.damping}")
+
+    def compress(
+        self, model: nn.Module, calibration: Tensor | None = None, progress: Progress = silent
+    ) -> nn.Module:
+        """Quantize `model` in place, block by block, and return it.
+
+        calibration: (samples, tokens) int64. Raises ValueError if it is missing or makes no
+        sense, if a weight is not finite, or if no damping makes H positive definite.
+        """
+        if calibration is None:
+            raise ValueError("gptq needs calibration: (samples, tokens) int64 token ids")
+        mode = "sequential" if self.true_sequential else "block"
+        calibrate.run(model, calibration, self.solve_groups, mode, progress)
+        return cast_parameters(model, DTYPES[self.dtype])
+
+    def solve_groups(self, groups: list[Group]) -> dict[str, nn.Module]:
+        """The quantized layers that replace those of `groups`."""
+        replaced: dict[str, nn.Module] = {}
+        for group in groups:
+            weights = [finite(layer.weight) for layer in group.layers]
+            codes, scale, zero, order = self.solve(torch.cat(weights), group.gram)
+            heights = [len(weight) for weight in weights]
+            parts = zip(*(tensor.split(heights) for tensor in (codes, scale, zero)), strict=True)
+            for name, layer, part in zip(group.names, group.layers, parts, strict=True):
+                replaced[name] = QuantLinear.from_codes(
+                    part[0],
+                    part[1],
+                    None if self.symmetric else part[2],
+                    layer.bias,
+                    self.bits,
+                    self.group_size,
+                    order,
+                    DTYPES[self.dtype],
+                )
+        return replaced
+
+    def solve(self, weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Quantize `weight` (out, in) float32 under H = `gram` (in, in).
+
+        Returns codes (out, in) uint8, scale and zero (out, groups) float32, and the order of the
+        columns, (in,), if groups follow it (act_order without static_groups), else None.
+        """
+        columns = weight.shape[1]
+        size = columns if self.group_size == -1 else min(self.group_size, columns)
+        importance = gram.diagonal().clone()
+        order = None
+        if self.act_order:
+            order = torch.argsort(importance, descending=True, stable=True)
+            weight, gram, importance = weight[:, order], gram[order][:, order], importance[order]
+        factor = inverse_factor(gram, self.damping).float()
+
+        # Rows of these transposed matrices are columns of W: contiguous, and the loop is theirs.
+        todo = weight.T.contiguous()  # (in, out)
+        todo[importance == 0] = 0  # an input that is always 0 needs no weight
+        if self.static_groups:
+            original = weight if order is None else weight[:, torch.argsort(order)]
+            weights_of = importance if order is None else importance[torch.argsort(order)]
+            scale, zero = self._ranges(original, weights_of)
+            group_of = torch.arange(columns) if order is None else order
+        else:
+            scale = zero = torch.empty(len(weight), 0)
+            group_of = torch.arange(columns)
+        scales, zeros = list(scale.T.contiguous()), list(zero.T.contiguous())
+        group_index = (group_of // size).tolist()
+
+        codes = torch.empty(todo.shape, dtype=torch.uint8)
+        block = size * max(1, BLOCK // size) if size < columns else BLOCK
+        top, pivots = 2**self.bits - 1, factor.diagonal().tolist()
+        for start in range(0, columns, block):
+            stop = min(start + block, columns)
+            errors = torch.empty(stop - start, todo.shape[1])
+            for j in range(start, stop):
+                if group_index[j] == len(scales):  # not static: the range of what is left by now
+                    new = slice(j, j + size)
+                    fresh = self._ranges(todo[new].T.contiguous(), importance[new])
+                    scales.append(fresh[0][:, 0])
+                    zeros.append(fresh[1][:, 0])
+                column, s, z = todo[j], scales[group_index[j]], zeros[group_index[j]]
+                code = torch.div(column, s).round_().add_(z).clamp_(0, top)
+                codes[j] = code
+                error = torch.sub(column, code.sub_(z).mul_(s), out=errors[j - start])
+                error.div_(pivots[j])
+                todo[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
+            if stop < columns:
+                todo[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+
+        codes = codes.T
+        scale, zero = torch.stack(scales, dim=1), torch.stack(zeros, dim=1)
+        if order is None:
+            return codes, scale, zero, None
+        if self.static_groups:
+            return codes[:, torch.argsort(order)], scale, zero, None
+        return codes, scale, zero, order
+
+    def _ranges(self, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero (out, groups) of `weight` (out, in)."""
+        groups = grouped(weight, self.group_size)
+        share = grouped(importance[None], self.group_size)  # (1, groups, group_size)
+
+        def loss(residual: Tensor) -> Tensor:
+            return residual.square_().mul_(share).sum(-1, keepdim=True)
+
+        dtype = DTYPES[self.dtype]
+        scale, zero = fit_range(groups, self.bits, self.symmetric, dtype, self.clip, loss)
+        return scale[..., 0], zero[..., 0]
+
+
+def inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """U, upper triangular float64, with U^T U = (H + damping)^-1.
+
+    gram: H, (in, in), positive semi-definite. An input that is always 0 gets a diagonal of 1.
+    Damping grows tenfold until the factorization succeeds; ValueError if it never does.
+    """
+    gram = gram.double()
+    diagonal = gram.diagonal()
+    mean = diagonal.mean().item()
+    if mean == 0:
+        return torch.eye(len(gram), dtype=torch.float64)
+    while damping <= 10:
+        damped = gram.clone()
+        damped.diagonal().add_(damping * mean)
+        damped.diagonal()[diagonal == 0] = 1
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and factor.isfinite().all():
+            return factor
+        damping *= 10
+    raise ValueError("H is not positive definite, however much it is damped")
+
+
+register("gptq", Gptq())

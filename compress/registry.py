@@ -1,0 +1,161 @@
+"""The one registry: method name -> Compressor value. Own methods and peers share it.
+
+A method is written `name(setting=value, ...)` wherever a person names one: the command
+line, the leaderboard, a record. `parse` reads that form and `describe` writes it.
+"""
+
+import ast
+import difflib
+import importlib
+import pkgutil
+import re
+from dataclasses import fields, replace
+from typing import Any, get_args, get_type_hints
+
+from compress.base import Compressor
+
+_METHODS: dict[str, Compressor] = {}
+
+
+class UnknownName(ValueError):
+    """A method or a setting that does not exist, with the nearest names that do."""
+
+
+def register(name: str, compressor: Compressor) -> None:
+    """Make `compressor` available as `name` ("gptq"; peers: "library:method")."""
+    if name in _METHODS:
+        raise ValueError(f"method {name!r} is registered twice")
+    _METHODS[name] = compressor
+
+
+def discover(*packages: str) -> None:
+    """Import every module of `packages`, so that each registers what it defines."""
+    for package in packages:
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            importlib.import_module(f"{package}.{module.name}")
+
+
+def names() -> list[str]:
+    """All registered method names, sorted."""
+    return sorted(_METHODS)
+
+
+def get(name: str, **settings: Any) -> Compressor:
+    """The method `name`, with some settings changed. The registered value never changes.
+
+    Raises UnknownName (with "did you mean") for a name or setting that is not there, and
+    ValueError for a setting of the wrong type or one that the method itself refuses.
+    """
+    if name not in _METHODS:
+        raise UnknownName(f"no method {name!r}; {did_you_mean(name, _METHODS)}")
+    method = _METHODS[name]
+    known = {field.name for field in fields(method)}
+    hints = get_type_hints(type(method))
+    for key, value in settings.items():
+        if key not in known:
+            hint = did_you_mean(key, known) if known else "it has none"
+            raise UnknownName(f"method {name!r} has no setting {key!r}; {hint}")
+        settings[key] = _coerce(f"{name}.{key}", value, hints[key])
+    return replace(method, **settings)
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """Read one method: "gptq(bits=3, symmetric=true)" -> ("gptq", {"bits": 3, "symmetric": True}).
+
+    Values are Python or JSON literals; a bare word is a string. Raises ValueError on bad syntax;
+    whether the name and settings exist is `get`'s business.
+    """
+    match = re.fullmatch(r"\s*([\w:.-]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
+    if not match:
+        raise ValueError(f"cannot read method {text!r}; write name or name(setting=value,...)")
+    settings = {}
+    for part in split_outside_brackets(match[2] or ""):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip().isidentifier() or not value.strip():
+            raise ValueError(
+                f"cannot read {part.strip()!r} in {text.strip()!r}; write setting=value"
+            )
+        if key.strip() in settings:
+            raise ValueError(f"setting {key.strip()!r} is given twice in {text.strip()!r}")
+        settings[key.strip()] = read_value(value)
+    return match[1], settings
+
+
+def parse_list(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Read "gptq,gptq(bits=3),rtn(bits=4,group_size=32)": methods parted by commas."""
+    return [parse(part) for part in split_outside_brackets(text)]
+
+
+def describe(name: str, settings: dict[str, Any]) -> str:
+    """The shortest text that `parse` and `get` read back: settings that differ from the default."""
+    default = _METHODS.get(name)
+    shown = {
+        key: value
+        for key, value in settings.items()
+        if default is None or getattr(default, key, None) != value
+    }
+    inside = ",".join(f"{key}={_write(value)}" for key, value in shown.items())
+    return f"{name}({inside})" if inside else name
+
+
+def read_value(text: str) -> Any:
+    """A literal as typed by a person: 3, 0.5, true, none, [1, 2], "text" or a bare word."""
+    text = text.strip()
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def split_outside_brackets(text: str, separator: str = ",") -> list[str]:
+    """Split at `separator` outside (), [] and quotes; empty parts are dropped."""
+    parts, depth, quote, start = [], 0, "", 0
+    for index, char in enumerate(text):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "\"'":
+            quote = char
+        elif char in "([":
+            depth += 1
+        elif char in ")]":
+            depth -= 1
+        elif char == separator and depth == 0:
+            parts.append(text[start:index])
+            start = index + 1
+        if depth < 0:
+            break
+    if depth or quote:
+        raise ValueError(f"brackets or quotes do not close in {text!r}")
+    return [part.strip() for part in [*parts, text[start:]] if part.strip()]
+
+
+def did_you_mean(name: str, known: Any) -> str:
+    """The ending of an error message: the nearest of `known`, or all of them."""
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _write(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return str(list(value)).replace(" ", "")
+    return str(value)
+
+
+def _coerce(where: str, value: Any, wanted: Any) -> Any:
+    """`value` as the type of its field, or ValueError: 4 is not a bool and "4" is not an int."""
+    allowed = get_args(wanted) if type(None) in get_args(wanted) else (wanted,)
+    for kind in allowed:
+        origin = getattr(kind, "__origin__", kind)
+        if origin is tuple and isinstance(value, (list, tuple, str)):
+            return (value,) if isinstance(value, str) else tuple(value)
+        if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(origin, type) and type(value) is origin:
+            return value
+    name = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
+    raise ValueError(f"{where} must be {name}, not {value!r}")

@@ -1,0 +1,1 @@
+"""Methods for tests of the bench, found the way real ones are."""

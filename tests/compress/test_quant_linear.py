@@ -1,0 +1,143 @@
+"""quant_linear: every kernel means the same weights as the codes; specs are checked."""
+
+import pytest
+import torch
+
+from compress.checkpoint import LAYER_KINDS
+from compress.methods.dynamic import Dynamic
+from compress.methods.rtn import Rtn
+from compress.quant_linear import FEW_ROWS, QuantLinear
+
+
+def weight(rows=96, columns=128, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(a, b):
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+@pytest.mark.parametrize("columns", [128, 100])  # 100: the last group is short
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weight_is_scale_times_code_minus_zero(bits, symmetric, columns):
+    layer = Rtn(bits=bits, group_size=32, symmetric=symmetric, dtype="float32").quantize(
+        weight(columns=columns), None
+    )
+    codes, zero = layer.codes_and_zero()
+    expected = torch.empty(96, columns)
+    for row in range(96):
+        for column in range(columns):
+            group = column // 32
+            step = int(codes[row, column]) - int(zero[row, group])
+            expected[row, column] = layer.scale[row, group] * step
+    assert torch.equal(layer.weight(), expected)
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS - 1, FEW_ROWS, 40])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits, group_size", [(4, 32), (4, 64), (4, 48), (3, 64), (8, -1), (8, 64)])
+def test_every_kernel_agrees_with_float64(bits, group_size, symmetric, rows):
+    bias = torch.randn(96)
+    layer = Rtn(bits=bits, group_size=group_size, symmetric=symmetric).quantize(weight(), bias)
+    x = torch.randn(rows, 128).bfloat16()
+    exact = x.double() @ layer.weight(torch.float64).T + bias.bfloat16().double()
+    assert relative(layer(x), exact) < 0.004  # bfloat16 rounds to 0.2-0.4 %
+
+
+def test_kernels_are_named_and_chosen_by_shape():
+    def kernel(bits, group_size, rows, out=96, symmetric=True):
+        made = Rtn(bits=bits, group_size=group_size, symmetric=symmetric)
+        return made.quantize(weight(out), None).kernel(rows, torch.bfloat16)
+
+    assert kernel(4, 64, 1) == kernel(4, 64, 1, symmetric=False) == "int4pack"
+    assert kernel(4, 64, FEW_ROWS) == "rebuild"
+    assert kernel(4, 48, 1) == "rebuild"  # not a group of the kernel: it would crash, unchecked
+    assert kernel(4, 64, 1, out=90) == "rebuild"  # rows must come in sixteens
+    assert kernel(3, 64, 1) == "rebuild"
+    assert kernel(8, -1, 1) == "int8pack"
+    assert kernel(8, -1, 1, symmetric=False) == "rebuild"
+
+
+def test_codes_that_a_kernel_would_crash_on_go_elsewhere():
+    layer = Rtn(bits=8, group_size=-1, symmetric=True).quantize(weight(), None)
+    x = torch.randn(4, 128).bfloat16()
+    expected = layer(x)
+    shifted = torch.empty(96 * 128 + 8, dtype=torch.int8)[8:].view(96, 128)
+    layer.codes = shifted.copy_(layer.codes)  # 8 bytes off: as in a memory-mapped file
+    assert layer.kernel(4, torch.bfloat16) == "rebuild"
+    assert relative(layer(x), expected) < 0.004
+    odd = Rtn(bits=8, group_size=-1, symmetric=True).quantize(weight(columns=100), None)
+    assert odd.kernel(4, torch.bfloat16) == "rebuild"
+
+
+def test_order_maps_code_columns_to_inputs():
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(1))
+    plain = Rtn(dtype="float32").quantize(weight()[:, order], None)
+    codes, zero = plain.codes_and_zero()
+    layer = QuantLinear.from_codes(
+        codes, plain.scale, zero, None, 4, 64, order, dtype=torch.float32
+    )
+    assert torch.equal(layer.weight()[:, order], plain.weight())
+    x = torch.randn(3, 128)
+    torch.testing.assert_close(layer(x), plain(x[:, order]))
+
+
+def test_four_bits_are_four_bits_in_memory():
+    layer = Rtn(bits=4, group_size=64).quantize(weight(576, 576), None)
+    held = sum(buffer.numel() * buffer.element_size() for buffer in layer.buffers())
+    # 4 for the code, 16 / 64 for the scale; 9 zeros a row are padded to 16, 4 bits each
+    assert 8 * held / 576**2 == pytest.approx(4 + 16 / 64 + 16 * 4 / 576)
+
+
+def test_int8_dynamic_by_hand():
+    layer = Dynamic(dtype="float32").quantize(torch.tensor([[127.0, -64.0], [1.0, 0.5]]), None)
+    # Row scales 1 and 1/127; x spans 0 .. 2.55, so its step is 0.01 and its codes 255 and 100.
+    y = layer(torch.tensor([[2.55, 1.0]]))
+    expected = torch.tensor([[127 * 2.55 - 64 * 1.0, 2.55 + 64 / 127 * 1.0]])
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_int8_dynamic_error_is_that_of_two_roundings():
+    torch.manual_seed(0)
+    w, x = weight(), torch.randn(50, 128)
+    layer = Dynamic(dtype="float32").quantize(w, torch.randn(96))
+    expected = x @ w.T + layer.bias
+    assert 0.001 < relative(layer(x), expected) < 0.015
+    # One huge token does not disturb the others: scales are per token.
+    wild = torch.cat([x, 1e4 * x[:1]])
+    torch.testing.assert_close(layer(wild)[:50], layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [Rtn(), Rtn(symmetric=True), Dynamic(), Dynamic("float16")])
+@pytest.mark.parametrize("bias", [None, torch.ones(96)])
+def test_spec_rebuilds_the_same_layer(make, bias):
+    layer = make.quantize(weight(), bias)
+    empty = LAYER_KINDS[layer.kind].from_spec(layer.spec())
+    shapes = {name: (t.shape, t.dtype) for name, t in empty.state_dict().items()}
+    assert shapes == {name: (t.shape, t.dtype) for name, t in layer.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bits": 5},
+        {"bits": "4"},
+        {"group_size": 0},
+        {"group_size": 10**6},
+        {"in_features": -1},
+        {"out_features": 2**60},
+        {"scale_rows": 7},
+        {"dtype": "int64"},
+        {"dtype": None},
+    ],
+)
+def test_refuses_specs_that_make_no_sense(change):
+    spec = Rtn().quantize(weight(), None).spec()
+    with pytest.raises(ValueError):
+        QuantLinear.from_spec(spec | change)
+
+
+def test_refuses_a_scale_that_is_not_finite():
+    with pytest.raises(ValueError, match="NaN"):
+        QuantLinear.from_codes(torch.zeros(2, 8), torch.full((2, 1), torch.nan), None, None, 4, -1)
