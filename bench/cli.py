@@ -132,7 +132,7 @@ def list_all(debug: Debug = False) -> None:
     for name in registry.names():
         method = registry.get(name)
         values = [f"{field.name}={getattr(method, field.name)!r}" for field in fields(method)]
-        out.print(f"  {name}: {first_line(sys.modules[type(method).__module__])}", markup=False)
+        out.print(f"  {name}: {first_line(type(method))}", markup=False)
         out.print(f"      {', '.join(values) or 'no settings'}", markup=False)
     out.print("\nModels (or a hub id, a folder, a GGUF file)")
     for alias, hub_id in models.ALIASES.items():
@@ -204,9 +204,9 @@ def existing(results: Path) -> Path:
     return results
 
 
-def first_line(documented: Any) -> str:
-    """The first line of a docstring."""
-    return (inspect.getdoc(documented) or "").partition("\n")[0]
+def first_line(thing: Any) -> str:
+    """The first line of the docstring of the file that `thing` is defined in."""
+    return (inspect.getdoc(sys.modules[thing.__module__]) or "").partition("\n")[0]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -21,16 +21,16 @@ def report() -> list[str]:
     missing = [name for name in LIBRARIES if name not in versions]
     ram = here["ram_bytes"]
     lines = [
-        f"Python     {here['python']} at {sys.executable}",
-        *(f"{name:<10} {found}" for name, found in versions.items()),
-        *(f"{name:<10} MISSING: make setup" for name in missing),
+        f"Python       {here['python']} at {sys.executable}",
+        *(f"{name:<12} {found}" for name, found in versions.items()),
+        *(f"{name:<12} MISSING: make setup" for name in missing),
         "",
-        f"Machine    {here['name']}",
-        f"CPU        {here['cpu']}, {here['cores']} cores for us: {_flags(here['flags'])}",
-        f"RAM        {f'{ram / 2**30:.1f} GiB' if ram else 'unknown'}",
-        f"GPU        {_gpu()}",
+        f"Machine      {here['name']}",
+        f"CPU          {here['cpu']}, {here['cores']} cores for us: {_flags(here['flags'])}",
+        f"RAM          {f'{ram / 2**30:.1f} GiB' if ram else 'unknown'}",
+        f"GPU          {_gpu()}",
         "",
-        f"Cache      {cache_dir()} (SLIMBENCH_CACHE); may be deleted, costs only time",
+        f"Cache        {cache_dir()} (SLIMBENCH_CACHE); may be deleted, costs only time",
     ]
     for name in ("models", "artefacts", "boxes"):
         lines.append(f"  {name:<10} {folder_bytes(cache_dir() / name) / 1e6:.0f} MB")

@@ -123,7 +123,9 @@ def to_markdown(records: list[Record]) -> str:
         "edit nothing here. Lower perplexity is better.",
         f"Change: of perplexity against `{PARENT}`, with its 95 % interval (paired bootstrap over "
         f"blocks, {RESAMPLES:,} resamples). An interval that holds 0 means no difference was seen.",
-        "MB are 10^6 bytes.",
+        "Perplexity is per token, over windows that do not overlap, each scored by itself without "
+        "BOS; the first token of a window is context only. Latency is for batch 1, after a "
+        "warm-up, as medians. MB are 10^6 bytes.",
     ]
     for group in groups(records):
         lines += ["", *_heading(group), ""]
@@ -145,12 +147,23 @@ def _heading(group: Group) -> list[str]:
     return [
         f"## {escape(job['model'])} on {escape(job['data'])}",
         "",
-        f"- protocol: {escape(protocol_text(job))}; data {job['data_sha']}",
+        f"- protocol: {escape(protocol_text(job))}",
+        f"- data: {_data_text(group)}",
         f"- machine: {escape(machine['cpu'])}, {machine['cores']} cores{ram}{flags}; "
         f"threads used: {job['threads']}",
         f"- software: {versions}; commit {(latest.get('commit') or 'unknown')[:12]}{changed}; "
         f"newest record {day}",
     ]
+
+
+def _data_text(group: Group) -> str:
+    used = next((record["blocks"]["evaluation"] for record in group if record.get("blocks")), None)
+    if used is None:  # nothing but failures
+        return f"checksum {group[0]['job']['data_sha']}"
+    return (
+        f"{escape(used['split'])}, {used['tokens']:,} tokens, {used['count']} windows used, "
+        f"SHA-256 of the text {used['sha256'][:16]}"
+    )
 
 
 def table(group: Group) -> list[list[str]]:

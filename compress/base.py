@@ -91,7 +91,7 @@ class Compressor:
 class TorchRunner:
     """Runner over a Hugging Face causal language model (compressed or not)."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self.model = model.eval()
 
     @torch.inference_mode()

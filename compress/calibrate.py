@@ -52,7 +52,7 @@ Solve = Callable[[list[Group]], dict[str, nn.Module]]
 
 
 def run(
-    model: nn.Module,
+    model: Any,
     calibration: Tensor,
     solve: Solve,
     mode: str,

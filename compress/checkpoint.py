@@ -31,7 +31,7 @@ LAYER_KINDS: dict[str, Any] = {
 IGNORED = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # buffers of old checkpoints
 
 
-def save(model: nn.Module, folder: Path | str, method: Any = None) -> None:
+def save(model: Any, folder: Path | str, method: Any = None) -> None:
     """Write `model` to `folder`, whole or not at all; an existing folder of ours is replaced.
 
     method: the dataclass that made it, noted in compression.json. Raises OSError (a full disk, a
@@ -123,7 +123,7 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _plain_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _plain_tensors(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What goes into the file, and the specs of the layers that are not plain."""
     tied = _tied_head(model)
     tensors = {
@@ -140,7 +140,7 @@ def _plain_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]
     return tensors, layers
 
 
-def _tied_head(model: nn.Module) -> str | None:
+def _tied_head(model: Any) -> str | None:
     """Name of the head's weight if it is the embedding's and so must not be stored twice."""
     if not getattr(model.config, "tie_word_embeddings", False):
         return None
@@ -154,7 +154,7 @@ def _tied_head(model: nn.Module) -> str | None:
     return None
 
 
-def _skeleton(folder: Path) -> nn.Module:
+def _skeleton(folder: Path) -> Any:
     """The model of config.json with its buffers, its parameters still on the meta device."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -176,7 +176,7 @@ def _skeleton(folder: Path) -> nn.Module:
     return conv1d_to_linear(model)
 
 
-def _place(model: nn.Module, name: str, spec: Any, folder: Path) -> None:
+def _place(model: Any, name: str, spec: Any, folder: Path) -> None:
     """Put the empty compressed layer `spec` where the plain layer `name` stands."""
     where = f"{folder / 'compression.json'}: layer {name!r}"
     kind = spec.get("kind") if isinstance(spec, dict) else None
@@ -215,7 +215,7 @@ def _read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def _assign(
-    model: nn.Module, tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype | None
+    model: Any, tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype | None
 ) -> None:
     """Give the model its tensors after checking that names, shapes and types are those expected."""
     for name, module in model.named_modules():

@@ -50,6 +50,8 @@ class Float16Linear(nn.Module):
     """A Linear stored in float16 that multiplies in the type of its input."""
 
     kind = "float16"
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()

@@ -78,7 +78,9 @@ def family(model: nn.Module) -> Family:
 def decoder_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(dotted name, block) of every decoder block, first to last."""
     name = family(model).blocks
-    return [(f"{name}.{index}", block) for index, block in enumerate(model.get_submodule(name))]
+    return [
+        (f"{name}.{index}", block) for index, block in model.get_submodule(name).named_children()
+    ]
 
 
 def named_linears(

@@ -35,6 +35,11 @@ class QuantLinear(nn.Module):
     """
 
     kind = "quant"
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bias: Tensor | None
+    order: Tensor | None
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BITS = (2, 3, 4, 8)
+CACHED_WEIGHTS = 2**17  # worked on at a time in a search over ranges: half a megabyte
 TINY = 2.0**-120  # keeps scale > 0 on all-zero rows; exact in bfloat16 and float32
 
 
@@ -91,8 +92,24 @@ def fit_range(
     weight is off by at most about scale / 2 (a little more where `dtype` rounded the scale down).
     With `clip` the range is shrunk in steps of 3 % down to 40 %, and the shrink with the least
     loss of the group wins: a finer step for all can be worth cutting off a lone large weight.
-    loss: what the residual (rows, groups, group_size) costs, (rows, groups, 1).
+    loss: what the residual (rows, groups, group_size) costs, (rows, groups, 1); it may be called
+    on some of the rows at a time.
     """
+    rows = max(1, CACHED_WEIGHTS // (groups.shape[1] * groups.shape[2])) if clip else len(groups)
+    fitted = [
+        _fit_rows(part, bits, symmetric, dtype, clip, loss) for part in groups.split(max(1, rows))
+    ]
+    return torch.cat([scale for scale, _ in fitted]), torch.cat([zero for _, zero in fitted])
+
+
+def _fit_rows(
+    groups: Tensor,
+    bits: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+    clip: bool,
+    loss: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     scale, zero = scale_and_zero(low, high, bits, symmetric, dtype)
     if not clip:

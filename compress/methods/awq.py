@@ -176,7 +176,8 @@ class Before:
         parameters = _owned(before)
         if len(parameters[0]) >= channels:  # the last rows: GPT-2's c_attn holds q, k and v
             return cls([p[-channels:] for p in parameters], 1, 1, channels)
-        width = group.block.get_submodule(group.half.module).head_dim  # type: ignore[union-attr]
+        attention: Any = group.block.get_submodule(group.half.module)
+        width = attention.head_dim
         heads = len(parameters[0]) // width  # key-value heads
         return cls(parameters, heads, channels // len(parameters[0]), width)
 

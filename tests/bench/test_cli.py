@@ -217,7 +217,7 @@ def test_doctor_says_what_is_here(bench, tmp_path, monkeypatch):
     code, out, _ = bench("doctor")
     assert code == 0
     for part in (
-        "torch      2.",
+        "torch        2.",
         "artefacts  3 MB",
         "tiny-llama: random",
         "GB free",

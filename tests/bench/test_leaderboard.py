@@ -60,6 +60,14 @@ def make(method="none", perplexity=20.0, started="2026-11-22T10:00:00+00:00", **
         "machine": {"name": "m", "cpu": "EPYC", "cores": 2, "ram_bytes": 2**34, "flags": ["amx"]},
         "packages": {"torch": "2.13.0"},
         "commit": "0123456789abcdef",
+        "blocks": {
+            "evaluation": {
+                "split": "test",
+                "tokens": 1234,
+                "count": 2,
+                "sha256": "0123456789abcdef0123",
+            }
+        },
         "dirty": False,
     }
     for name, value in changes.items():
@@ -181,13 +189,15 @@ def test_markdown_header_says_how_where_and_when():
     text = board.to_markdown([make(), make("gptq", 21.0, started="2026-11-23T10:00:00+00:00")])
     for part in (
         "## tiny-llama on sample",
-        "protocol: device=cpu limit=all seed=0 threads=2 window=101; data d0",
+        "protocol: device=cpu limit=all seed=0 threads=2 window=101\n",
+        "data: test, 1,234 tokens, 2 windows used, SHA-256 of the text 0123456789abcdef\n",
         "machine: EPYC, 2 cores, 16 GiB (amx); threads used: 2",
         "torch 2.13.0; commit 0123456789ab; newest record 2026-11-23",
         "| gptq |  | 21.000 | +5.00 % [+3.98, +6.03] | 1.5 | 4.50 | 12.3 | 56.8 | 0.12 | 3.2 "
         "| 6.5 | 99 | gptq-21.0",
     ):
         assert part in text
+    assert "- data: checksum d0\n" in board.to_markdown([failed(blocks={})])
     assert "local changes" in board.to_markdown([make(dirty=True)])
 
 
