@@ -25,7 +25,7 @@ from results import store
 METHOD_PACKAGES = ("compress.methods",)
 PARENT = "none"  # every model is compared with its uncompressed self
 KERNEL_LIBRARIES = ("torch", "transformers", "safetensors")  # can change a number
-PROMPT_TOKENS, NEW_TOKENS = 256, 32  # what latency is measured with
+PROMPT_TOKENS, NEW_TOKENS = 512, 64  # what latency is measured with
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,8 @@ def run(
 ) -> None:
     """Replace linear layers of `model`, block by block, by what `solve` makes of them.
 
-    calibration: (samples, tokens) int64. solve: groups -> {name in the block: new layer}; it may
-    also change the block's other parameters if the block's function stays the same.
+    calibration: (samples, tokens) int64. solve: groups -> {name in the block: new layer}; except
+    in "sequential" mode it may change the block's other parameters as well.
     mode: "sequential" solves group by group, each seeing its input as computed by the layers
     already replaced; "block" shows all groups of a block the inputs of the float block, then runs
     the new block for the next one's inputs; "float" lets every block see the float model's inputs.
@@ -129,8 +129,9 @@ def _run_block(
             outputs.put(index, x + last(last_input))
         source = outputs
     if pending:
-        _install(solve(pending), block, working)
+        _install(solve(pending), block)
     if mode == "block":
+        working = copy.deepcopy(block).to(dtype)  # solve may have changed more than the linears
         for index, x in enumerate(states):
             states.put(index, _forward(model, working, x, context))
 
@@ -160,11 +161,11 @@ class Statistics:
     def add(self, x: Tensor) -> None:
         """x: (..., in), any float type."""
         rows = x.flatten(0, -2)
-        columns = rows.T.float().contiguous()  # (in, tokens)
+        columns = rows.T.contiguous().float()  # (in, tokens)
         if self.gram is None or self.magnitude is None:
             self.gram = columns.new_zeros(len(columns), len(columns))
             self.magnitude = columns.new_zeros(len(columns))
-        self.magnitude += columns.abs().sum(1)
+        self.magnitude += torch.linalg.vector_norm(columns, ord=1, dim=1)
         self.tokens += len(rows)
         step = max(128, len(columns) // 4)  # the lower triangle is the upper one, mirrored
         for start in range(0, len(columns), step):

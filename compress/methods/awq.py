@@ -2,9 +2,10 @@
 
 Rounding errors of a weight column count in proportion to the size of the inputs it meets. AWQ
 multiplies column j by s[j] and divides input j by it: the function is unchanged, but the rounding
-error of column j shrinks by about s[j]. s = (mean |x|) ** alpha, with alpha from a grid search on
-the squared output error; dividing the input costs nothing, since 1 / s folds into the norm (or
-the v or up projection) before. Then each group's range is shrunk to the least output error.
+error of column j shrinks by about s[j]. s = (mean |x|) ** alpha, with or without a division by
+(mean relative |w|) ** (1 - alpha); a grid search picks alpha by the squared output error. Dividing
+the input costs nothing, since 1 / s folds into the norm (or the v or up projection) before. Then
+each group's range is shrunk to the least output error.
 
 Everything is measured through H = E[x x^T]: the output error of a change D is tr(D H D^T), so
 the search needs no forward pass. The scale of an attention output is shared by the query heads
@@ -15,6 +16,7 @@ Source: J. Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compre
 Acceleration", 2023, https://arxiv.org/abs/2306.00978
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,6 +33,7 @@ from compress.registry import register
 
 # Attention scores are products of two quantized layers; their error is not that of one output.
 NOT_CLIPPED = ("q_proj", "k_proj")
+ROWS = 192  # of a weight, worked on at a time in the search: what fits in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Awq(Compressor):
         """
         if calibration is None:
             raise ValueError("awq needs calibration: (samples, tokens) int64 token ids")
-        calibrate.run(model, calibration, self.solve_groups, "float", progress)
+        calibrate.run(model, calibration, self.solve_groups, "block", progress)
         return cast_parameters(model, DTYPES[self.dtype])
 
     def solve_groups(self, groups: list[Group]) -> dict[str, nn.Module]:
@@ -96,19 +99,33 @@ class Awq(Compressor):
         target = Before.of(group)
         if target is None:
             return
-        weight = torch.cat([layer.weight for layer in group.layers])
-        magnitude = target.shared(group.magnitude).clamp(min=1e-8)
-        best, least = torch.ones_like(magnitude), torch.inf
-        for step in range(self.grid):
-            s = magnitude ** (step / self.grid)
-            s = (s / (s.max() * s.min()).sqrt()).clamp(min=1e-4)
-            error = output_error(self._rounded(weight * s) / s - weight, group.gram)
+        weights = [layer.weight for layer in group.layers]
+        # Each layer counts by its error relative to its own output: q and k would drown v.
+        energy = [output_error(weight.clone(), group.gram) for weight in weights]
+        best, least = torch.ones(len(group.gram)), torch.inf
+        for s in self.candidates(target.shared(group.magnitude), target.shared(evenness(weights))):
+            error = sum(
+                output_error(self._rounded(rows * s) / s - rows, group.gram) / (whole or 1.0)
+                for weight, whole in zip(weights, energy, strict=True)
+                for rows in weight.split(ROWS)
+            )
             if error < least:
                 best, least = s, error
         for layer in group.layers:
             layer.weight.mul_(best)
         target.divide(best)
         group.gram /= best[:, None] * best
+
+    def candidates(self, magnitude: Tensor, even: Tensor) -> Iterator[Tensor]:
+        """The scales s, (in,), that the search tries; all positive, centred on 1.
+
+        magnitude: mean |x| of each channel. even: see evenness.
+        """
+        magnitude, even = magnitude.clamp(min=1e-8), even.clamp(min=1e-8)
+        for step in range(self.grid):
+            alpha = step / self.grid
+            for s in (magnitude**alpha, magnitude**alpha / even ** (1 - alpha)):
+                yield (s / (s.max() * s.min()).sqrt()).clamp(min=1e-4)
 
     def quantize(self, layer: nn.Linear, gram: Tensor, clip: bool) -> QuantLinear:
         """Codes on the grid whose ranges give the least output error of each group."""
@@ -148,6 +165,15 @@ class Awq(Compressor):
 def output_error(change: Tensor, gram: Tensor) -> float:
     """tr(D H D^T): mean over tokens of the squared change of the output, summed over outputs."""
     return matmul_nt(change, gram).mul_(change).sum(dtype=torch.float64).item()
+
+
+def evenness(weights: list[Tensor]) -> Tensor:
+    """Mean of |w| over the largest |w| of its row, (in,): channels with small weights are low.
+
+    Multiplying such a channel up costs little, since it does not stretch the range of its group.
+    """
+    shares = [w.abs() / w.abs().amax(1, keepdim=True).clamp(min=1e-12) for w in weights]
+    return torch.cat(shares).mean(0)
 
 
 @dataclass

@@ -179,15 +179,18 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     mean = diagonal.mean().item()
     if mean == 0:
         return torch.eye(len(gram), dtype=torch.float64)
+    identity = torch.eye(len(gram), dtype=torch.float64)
     while damping <= 10:
         damped = gram.clone()
         damped.diagonal().add_(damping * mean)
         damped.diagonal()[diagonal == 0] = 1
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        # With rows and columns reversed, H = L L^T; reversed back, L is upper triangular, and its
+        # inverse is U: one factorization instead of two and an inverse of H.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and factor.isfinite().all():
-            return factor
+            factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            if factor.isfinite().all():
+                return factor
         damping *= 10
     raise ValueError("H is not positive definite, however much it is damped")
 

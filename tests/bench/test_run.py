@@ -44,7 +44,7 @@ def test_a_job_says_everything_that_counts():
     assert job.calibration == {
         "data": "sample", "sha": job.data_sha, "samples": 8, "length": 32, "seed": 5
     }  # fmt: skip
-    assert job.protocol == {"window": 64, "limit": 2, "prompt_tokens": 128, "new_tokens": 32}
+    assert job.protocol == {"window": 64, "limit": 2, "prompt_tokens": 128, "new_tokens": 64}
     assert (job.metrics, job.threads, job.seed) == (("size", "perplexity"), 1, 5)
     assert job.environment.startswith("torch-2.")
     assert len(job.code["compress"]) == len(job.code["measure"]) == 12
