@@ -110,6 +110,7 @@ def run(
                 done.append(record)
                 say(line_of(row(record), was_cached))
     except KeyboardInterrupt:
+        write_leaderboard(results)
         err.print(f"stopped; {len(done)} of {len(tasks)} jobs are finished: run again to go on")
         raise typer.Exit(130) from None
     for group in groups(done):
@@ -216,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("bench").setLevel(logging.INFO)
     try:
         app(arguments, prog_name="python -m bench")
-    except (ValueError, OSError) as error:
+    except Exception as error:  # whatever its type, a person gets one line
         if "--debug" in arguments:
             traceback.print_exc()
         err.print(f"error: {one_line(error)}", markup=False)

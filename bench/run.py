@@ -24,7 +24,7 @@ from results import store
 
 METHOD_PACKAGES = ("compress.methods",)
 PARENT = "none"  # every model is compared with its uncompressed self
-KERNEL_LIBRARIES = ("torch", "transformers", "safetensors")  # can change a number
+KERNEL_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")  # can change a number
 PROMPT_TOKENS, NEW_TOKENS = 512, 64  # what latency is measured with
 
 
@@ -161,8 +161,8 @@ def chosen_methods(text: str, overrides: tuple[str, ...]) -> list[tuple[str, Any
                 known = ", ".join(sorted(settings))
                 raise UsageError(f"--set {override}: no method {name!r} in this run ({known})")
             settings[name][setting] = registry.read_value(value)
-        wanted = [(PARENT, {}), *wanted]
-        return [(name, registry.get(name, **settings.get(name, {}) | own)) for name, own in wanted]
+        chosen = [(name, registry.get(name, **settings[name] | own)) for name, own in wanted]
+        return [(PARENT, registry.get(PARENT)), *chosen]
     except (registry.UnknownName, UsageError):
         raise
     except ValueError as error:  # a value that the method refuses was typed by a person
@@ -191,8 +191,18 @@ def protocol_for(model: models.Model, request: Request) -> dict[str, Any]:
             raise UsageError(f"{option} {value}: {model.alias} reads at most {context} tokens")
     read = request.window * request.limit if request.limit else sys.maxsize
     prompt = min(PROMPT_TOKENS, context - NEW_TOKENS, read)
-    lengths = {"prompt_tokens": prompt, "new_tokens": NEW_TOKENS}
-    return {"window": request.window, "limit": request.limit, **lengths}
+    if prompt < 1:
+        raise UsageError(
+            f"{model.alias} reads {context} tokens: too few for latency; see --metrics"
+        )
+    return {
+        "window": request.window,
+        "stride": request.window,
+        "bos": False,
+        "limit": request.limit,
+        "prompt_tokens": prompt,
+        "new_tokens": NEW_TOKENS,
+    }
 
 
 def environment(env: str | None) -> str:

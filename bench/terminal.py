@@ -33,7 +33,8 @@ def watching() -> Iterator[tuple[Callable[[str], Report], Callable[[str], None]]
         bars.TimeRemainingColumn(compact=True),
         bars.TextColumn("left"),
     )
-    with bars.Progress(*columns, console=out, transient=True) as progress:
+    # Redrawn twice a second: it runs on the cores that are being timed.
+    with bars.Progress(*columns, console=out, transient=True, refresh_per_second=2) as progress:
         bar = progress.add_task("", total=None, unit="starts")
 
         def watch(title: str) -> Report:

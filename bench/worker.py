@@ -1,4 +1,4 @@
-"""Runs one step of one job in this process: `python -m bench.worker BOX compress|measure`.
+"""Runs one step of one job, compress or measure, in this process.
 
 The box is a folder: the launcher leaves `task.json` in it, the worker leaves `progress`, then
 `measured.json` or `error.json`. The same file runs in the main environment and in a peer's
@@ -13,7 +13,6 @@ import math
 import os
 import random
 import shutil
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -53,12 +52,13 @@ def compress(box: Path, job: Job, task: dict[str, Any]) -> None:
     """Make the artefact folder: `model/` as the method saves it, cost.json and job.json beside."""
     method = registry.get(job.method, **job.settings)
     model = models.Model(job.model, Path(task["folder"]), job.revision)
-    baseline = memory.reset_peak()
+    check_data(job)
     blocks = None
     if job.calibration:
         drawn = {name: job.calibration[name] for name in ("samples", "length", "seed")}
         name = job.calibration["data"]
         blocks = data.calibration_blocks(name, models.tokenizer(model), **drawn)
+    baseline = memory.reset_peak()
     network = models.load(model)
 
     wall, cpu = time.perf_counter(), time.process_time()
@@ -85,7 +85,12 @@ def compress(box: Path, job: Job, task: dict[str, Any]) -> None:
 
 
 def measure(box: Path, job: Job, task: dict[str, Any]) -> None:
-    """Write measured.json: the values of all metrics, and what they were measured on."""
+    """Write measured.json: the values of all metrics, and what they were measured on.
+
+    load_s is the time until the artefact has answered once: files that are mapped into memory
+    are read, and weights are packed, by the first tokens only.
+    """
+    check_data(job)
     method = registry.get(job.method, **job.settings)
     model = models.Model(job.model, Path(task["folder"]), job.revision)
     protocol = job.protocol
@@ -96,23 +101,37 @@ def measure(box: Path, job: Job, task: dict[str, Any]) -> None:
     baseline = memory.reset_peak()
     start = time.perf_counter()
     runner = method.load(folder)
+    logits, cache = runner.prefill(blocks.ids[:1, :1])
+    runner.decode(logits.argmax(-1, keepdim=True), cache)
     load_s = time.perf_counter() - start
     subject = Subject(
         runner=runner,
         artefact=folder,
         blocks=blocks,
-        threads=job.threads,
-        load_s=load_s,
         prompt_tokens=protocol["prompt_tokens"],
         new_tokens=protocol["new_tokens"],
-        seed=job.seed,
     )
     values: dict[str, Any] = {"load_s": load_s}
     for name in job.metrics:
         values |= finite(name, METRICS[name](subject, reporter(box, name)))
     values["measure_peak_rss_bytes"] = memory.peak_bytes() - baseline
-    used = {"evaluation": facts(blocks)}
-    write(box / "measured.json", {"values": values, "blocks": used, "packages": packages()})
+    measured = {
+        "values": values,
+        "blocks": {"evaluation": facts(blocks)},
+        "packages": packages(),
+        "lineage": models.lineage(model),
+    }
+    write(box / "measured.json", measured)
+
+
+def check_data(job: Job) -> None:
+    """Raises ValueError if a text is no longer the one that the job's key speaks of."""
+    texts = [(job.data, job.data_sha)]
+    if job.calibration:
+        texts.append((job.calibration["data"], job.calibration["sha"]))
+    for name, sha in texts:
+        if data.fingerprint(name) != sha:
+            raise ValueError(f"data {name!r} changed during the run; run again")
 
 
 def finite(metric: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -158,16 +177,14 @@ def put_in_place(made: Path, place: Path) -> None:
     old = made.with_name("replaced")
     if place.exists():
         os.rename(place, old)
-    os.rename(made, place)
+    try:
+        os.rename(made, place)
+    except OSError:
+        if not place.exists():  # else another run has just put the equal result there
+            raise
     shutil.rmtree(old, ignore_errors=True)
 
 
 def write(file: Path, value: Any) -> None:
     """JSON without NaN or infinity: those are failures, not results."""
     file.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    from bench.launch import child
-
-    child(sys.argv[1], sys.argv[2], parent=0)

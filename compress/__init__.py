@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from compress import registry
 from compress.base import Compressor, Progress, Runner, TorchRunner, generate, silent
 from compress.checkpoint import load, save
-from compress.registry import describe, get, names, parse, parse_list
+from compress.layers import conv1d_to_linear
+from compress.registry import UnknownName, describe, get, names, parse, parse_list
 
 __all__ = [
     "Compressor",
     "Runner",
     "TorchRunner",
+    "UnknownName",
     "apply",
     "describe",
     "generate",
@@ -48,15 +50,18 @@ def apply(
 
     name: one of names(), or the longer form "gptq(bits=3)". calibration: (samples, tokens) int64
     token ids, for the methods that need it. Transformers' own GPT-2 models are accepted as they
-    are (their Conv1D layers are replaced by equal Linear ones first).
+    are (their Conv1D layers are replaced by equal Linear ones first). The result is in evaluation
+    mode and asks for no gradients.
 
     Raises UnknownName for a method or setting that does not exist, ValueError for a value that
     makes no sense, a missing calibration, or weights that are not finite.
     """
-    from compress.layers import conv1d_to_linear
-
     plain, written = parse(name)
+    if twice := written.keys() & settings.keys():
+        raise ValueError(f"setting {min(twice)!r} is given twice, in {name!r} and beside it")
     method = get(plain, **written, **settings)
     if method.needs_calibration and calibration is None:
         raise ValueError(f"method {plain!r} needs calibration: (samples, tokens) int64 token ids")
-    return method.compress(conv1d_to_linear(model), calibration, progress)
+    # Compression is the end of training: no dropout, no gradients.
+    network = conv1d_to_linear(model).eval().requires_grad_(False)
+    return method.compress(network, calibration, progress)

@@ -10,18 +10,18 @@ Forward passes run in bfloat16 where the processor multiplies it natively; the s
 """
 
 import copy
-import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from compress.base import Progress
-from compress.layers import Half, decoder_blocks, family
+from compress.layers import Family, Half, decoder_blocks, family
+from compress.spill import Limit, Store
 
 CHUNK_TOKENS = 4096  # tokens in one forward pass: enough to keep the matrix products efficient
 SPILL_BYTES = 2 * 2**30  # inputs beyond this many bytes go to disk
@@ -32,7 +32,7 @@ class Group:
     """Linear layers of one block that read the same input, and what calibration saw of it.
 
     names: relative to the block. gram: (in, in) float32, mean of x x^T over the tokens.
-    magnitude: (in,) float32, mean of |x|. tokens: how many.
+    magnitude: (in,) float32, mean of |x|.
     """
 
     block: nn.Module
@@ -40,12 +40,14 @@ class Group:
     names: tuple[str, ...]
     gram: Tensor
     magnitude: Tensor
-    tokens: int
 
-    @property
-    def layers(self) -> list[nn.Linear]:
-        """The layers themselves."""
-        return [self.block.get_submodule(name) for name in self.names]  # type: ignore[misc]
+    def chosen(self, skip: tuple[str, ...] = ()) -> dict[str, nn.Linear]:
+        """Name in the block -> layer, without those whose name ends in one of `skip`."""
+        return {
+            name: cast(nn.Linear, self.block.get_submodule(name))
+            for name in self.names
+            if not name.endswith(skip)
+        }
 
 
 Solve = Callable[[list[Group]], dict[str, nn.Module]]
@@ -61,93 +63,109 @@ def run(
 ) -> None:
     """Replace linear layers of `model`, block by block, by what `solve` makes of them.
 
-    calibration: (samples, tokens) int64. solve: groups -> {name in the block: new layer}; except
-    in "sequential" mode it may change the block's other parameters as well.
+    calibration: (samples, tokens) int64. solve: groups -> {name in the block: new layer}.
     mode: "sequential" solves group by group, each seeing its input as computed by the layers
-    already replaced; "block" shows all groups of a block the inputs of the float block, then runs
-    the new block for the next one's inputs; "float" lets every block see the float model's inputs.
+    already replaced; "block" shows all groups of a block the inputs that its float layers compute,
+    then runs the new block for the next one's inputs (`solve` may change its other parameters
+    as well). spill_bytes: inputs held in memory before they go to disk.
 
-    Raises ValueError if calibration is not token ids of the model's vocabulary, or the model
-    produces NaN on it.
+    Raises ValueError if calibration is not token ids of the model's vocabulary and context, or
+    the model produces NaN on it.
     """
-    if calibration.dim() != 2 or calibration.dtype != torch.int64 or calibration.numel() == 0:
-        raise ValueError("calibration must be (samples, tokens) int64 token ids, at least one")
-    vocabulary = model.config.vocab_size
-    if calibration.min() < 0 or calibration.max() >= vocabulary:
-        raise ValueError(f"calibration holds token ids outside the vocabulary of {vocabulary}")
-    dtype = compute_dtype()
+    check_ids(calibration, model.config)
+    model.eval()  # dropout would make the statistics random
+    calibration = calibration.to(model.get_input_embeddings().weight.device)
+    dtype = compute_dtype(calibration.device)
     blocks = decoder_blocks(model)
-    with torch.inference_mode(), tempfile.TemporaryDirectory(prefix="slimbench-") as folder:
-        states = Store(Path(folder), spill_bytes)
+    with torch.no_grad(), tempfile.TemporaryDirectory(prefix="slimbench-") as folder:
+        states = Store(Path(folder), Limit(spill_bytes))
         context = _first_inputs(model, calibration, dtype, states)
         for done, (name, block) in enumerate(blocks, start=1):
             progress(done - 1, len(blocks))
+            work = BlockWork(family(model), block, dtype, states, context, solve, mode)
             try:
-                _run_block(model, block, dtype, states, context, solve, mode)
+                work.run(is_last=done == len(blocks))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         progress(len(blocks), len(blocks))
 
 
-def _run_block(
-    model: nn.Module,
-    block: nn.Module,
-    dtype: torch.dtype,
-    states: "Store",
-    context: dict[str, Any],
-    solve: Solve,
-    mode: str,
-) -> None:
-    """One block: gather, solve, and leave its outputs in `states`."""
-    # The float weights stay as they are for `solve`; a working copy runs in the fast type.
-    working = copy.deepcopy(block).to(dtype)
-    outputs = states.like() if mode == "block" else states
-    source = states
-    pending: list[Group] = []
-
-    def settle(group: Group) -> None:
-        if mode == "sequential":
-            _install(solve([group]), block, working)
-        else:
-            pending.append(group)
-
-    for half in (family(model).attention, family(model).mlp):
-        norm, module = working.get_submodule(half.norm), working.get_submodule(half.module)
-        kwargs = context if half is family(model).attention else {}
-        seen = Statistics()
-        for x in source:
-            seen.add(norm(x))
-        settle(seen.group(block, half, half.inputs))
-        seen, last_inputs = Statistics(), states.like()
-        for x in source:
-            last_input = _input_of_last(module, working.get_submodule(half.output), norm(x), kwargs)
-            seen.add(last_input)
-            last_inputs.append(last_input)
-        settle(seen.group(block, half, (half.output,)))
-        last = working.get_submodule(half.output)
-        for index, (x, last_input) in enumerate(zip(source, last_inputs, strict=True)):
-            outputs.put(index, x + last(last_input))
-        source = outputs
-    if pending:
-        _install(solve(pending), block)
-    if mode == "block":
-        working = copy.deepcopy(block).to(dtype)  # solve may have changed more than the linears
-        for index, x in enumerate(states):
-            states.put(index, _forward(model, working, x, context))
+def check_ids(ids: Tensor, config: Any) -> None:
+    """Raises ValueError unless ids are (samples, tokens) int64 that the model can read."""
+    if ids.dim() != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
+        raise ValueError("calibration must be (samples, tokens) int64 token ids, at least one")
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise ValueError(f"calibration holds token ids outside the vocabulary {config.vocab_size}")
+    if ids.shape[1] > config.max_position_embeddings:
+        most = config.max_position_embeddings
+        raise ValueError(f"calibration samples of {ids.shape[1]} tokens; the model reads {most}")
 
 
-def _forward(model: nn.Module, block: nn.Module, x: Tensor, context: dict[str, Any]) -> Tensor:
-    for half in (family(model).attention, family(model).mlp):
-        kwargs = context if half is family(model).attention else {}
-        out = block.get_submodule(half.module)(block.get_submodule(half.norm)(x), **kwargs)
-        x = x + (out[0] if isinstance(out, tuple) else out)
-    return x
+@dataclass
+class BlockWork:
+    """One block at work: gather, solve, and leave its outputs in `states`."""
 
+    family: Family
+    block: nn.Module
+    dtype: torch.dtype
+    states: Store
+    context: dict[str, Any]  # what attention is called with besides the hidden states
+    solve: Solve
+    mode: str
 
-def _install(replaced: dict[str, nn.Module], *blocks: nn.Module) -> None:
-    for block in blocks:
-        for name, layer in replaced.items():
-            block.set_submodule(name, layer)
+    def run(self, is_last: bool) -> None:
+        """Do it; the outputs of the last block are nobody's inputs and not computed."""
+        # The float weights stay as they are for `solve`; a working copy runs in the fast type.
+        working = copy.deepcopy(self.block).to(self.dtype)
+        sequential = self.mode == "sequential"
+        source, outputs = self.states, self.states if sequential else self.states.like()
+        pending: list[Group] = []
+        for half in (self.family.attention, self.family.mlp):
+            norm, module = working.get_submodule(half.norm), working.get_submodule(half.module)
+            kwargs = self.context if half is self.family.attention else {}
+            ends_block = half is self.family.mlp
+
+            def settle(group: Group) -> None:
+                if sequential:
+                    self.install(self.solve([group]), working)
+                else:
+                    pending.append(group)
+
+            seen = Statistics()
+            for x in source:
+                seen.add(norm(x))
+            settle(seen.group(self.block, half, half.inputs))
+            seen, last_inputs = Statistics(), self.states.like()
+            for x in source:
+                last = working.get_submodule(half.output)
+                last_inputs.append(_input_of_last(module, last, norm(x), kwargs))
+                seen.add(last_inputs.tensors[-1])
+            settle(seen.group(self.block, half, (half.output,)))
+            if ends_block and (is_last or not sequential):
+                break
+            last = working.get_submodule(half.output)
+            for index, (x, last_input) in enumerate(zip(source, last_inputs, strict=True)):
+                outputs.put(index, x + last(last_input))
+            source = outputs
+        if pending:
+            self.install(self.solve(pending))
+            if not is_last:
+                self.forward(copy.deepcopy(self.block).to(self.dtype))
+
+    def install(self, replaced: dict[str, nn.Module], *copies: nn.Module) -> None:
+        """Put the new layers into the block and its copies."""
+        for block in (self.block, *copies):
+            for name, layer in replaced.items():
+                block.set_submodule(name, layer)
+
+    def forward(self, block: nn.Module) -> None:
+        """states = block(states)."""
+        for index, x in enumerate(self.states):
+            for half in (self.family.attention, self.family.mlp):
+                kwargs = self.context if half is self.family.attention else {}
+                out = block.get_submodule(half.module)(block.get_submodule(half.norm)(x), **kwargs)
+                x = x + (out[0] if isinstance(out, tuple) else out)
+            self.states.put(index, x)
 
 
 class Statistics:
@@ -178,7 +196,7 @@ class Statistics:
         gram = (self.gram.triu() + self.gram.triu(1).T) / self.tokens
         if not gram.isfinite().all():
             raise ValueError(f"the input of {names[0]} holds NaN or infinity")
-        return Group(block, half, names, gram, self.magnitude / self.tokens, self.tokens)
+        return Group(block, half, names, gram, self.magnitude / self.tokens)
 
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
@@ -192,49 +210,13 @@ def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.T
 
 
-def compute_dtype() -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively, else float32."""
-    if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where `device` multiplies it natively, else float32."""
+    if device.type == "cuda":
         return torch.bfloat16
-    return torch.float32
-
-
-class Store:
-    """A list of tensors that keeps at most `limit` bytes in memory and the rest on disk."""
-
-    def __init__(self, folder: Path, limit: int):
-        self.folder, self.limit, self.held = folder, limit, 0
-        self.tensors: list[Tensor] = []
-
-    def like(self) -> "Store":
-        """An empty store with the same folder and limit."""
-        return Store(self.folder, self.limit)
-
-    def append(self, tensor: Tensor) -> None:
-        """Keep a tensor; a copy on disk, memory-mapped, once the limit is reached."""
-        size = tensor.numel() * tensor.element_size()
-        if self.held + size <= self.limit:
-            self.held += size
-            self.tensors.append(tensor)
-            return
-        handle, path = tempfile.mkstemp(dir=self.folder)
-        os.close(handle)
-        mapped = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-        os.unlink(path)  # the mapping keeps the bytes until the tensor is dropped
-        self.tensors.append(mapped.view(tensor.shape).copy_(tensor))
-
-    def put(self, index: int, tensor: Tensor) -> None:
-        """Replace tensor `index`, where it lies; or append it as the next one."""
-        if index == len(self.tensors):
-            self.append(tensor)
-        else:
-            self.tensors[index].copy_(tensor)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return torch.bfloat16 if native else torch.float32
 
 
 class _Stop(Exception):
@@ -289,6 +271,8 @@ def _first_inputs(
         for handle in handles:
             handle.remove()
     context.pop("hidden_states", None)
+    if context.get("attention_mask") is not None:  # causal and equal for all: no padding here
+        context["attention_mask"] = context["attention_mask"][:1]
     return {key: _cast(value, dtype) for key, value in context.items()}
 
 

@@ -4,7 +4,7 @@
 integers; `Float16Linear` stores half precision and multiplies in the type of its input.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,21 @@ class Int8DynamicLinear(QuantLinear):
     """int8 weights, one symmetric scale a row, times int8 inputs, one scale a token.
 
     Inputs are quantized as they come, asymmetrically: x = input_scale * (code - input_zero). The
-    product is taken in integers and is exact; only the two roundings to int8 lose anything.
+    product is taken in integers, 32 bits wide: exact up to 66,000 inputs. Only the two roundings to
+    int8 lose anything.
     """
 
     kind = "int8_dynamic"
+    _sums: Tensor | None = None
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Self:
+        """See QuantLinear; ValueError for a grid that the integer product does not take."""
+        layer = super().from_spec(spec)
+        groups = layer.scale.shape[1]
+        if layer.bits != 8 or groups != 1 or layer.zero is not None or layer.order is not None:
+            raise ValueError("int8_dynamic takes 8-bit symmetric codes with one scale a row")
+        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the type of x."""
@@ -30,15 +41,15 @@ class Int8DynamicLinear(QuantLinear):
         input_scale = ((high - low) / 255).clamp_(min=torch.finfo(torch.float32).tiny)
         input_zero = torch.round(-128 - low / input_scale)
         codes = torch.round(flat / input_scale).add_(input_zero).clamp_(-128, 127)
-        y = torch._int_mm(codes.to(torch.int8), self.codes.T).float()  # (tokens, out)
-        y -= input_zero * self._row_sums()
+        product = torch._int_mm(codes.to(torch.int8), self.codes.T)  # (tokens, out) int32
+        y = product.sub_(input_zero.int() * self._row_sums()).float()
         y *= input_scale * self.scale[:, 0].float()
         y = y.to(x.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def _row_sums(self) -> Tensor:
-        if not hasattr(self, "_sums"):
-            self._sums = self.codes.sum(1, dtype=torch.int32).float()
+        if self._sums is None:
+            self._sums = self.codes.sum(1, dtype=torch.int32)
         return self._sums
 
     def kernel(self, rows: int, dtype: torch.dtype) -> str:
@@ -78,7 +89,7 @@ class Float16Linear(nn.Module):
         }
 
     @classmethod
-    def from_spec(cls, spec: dict[str, Any]) -> "Float16Linear":
+    def from_spec(cls, spec: dict[str, Any]) -> Self:
         """See QuantLinear."""
         rows, columns = whole(spec, "out_features"), whole(spec, "in_features")
         weight = torch.empty(rows, columns, dtype=torch.float16, device="meta")

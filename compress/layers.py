@@ -8,6 +8,7 @@ the only one that knows it. Another model family is one more entry in FAMILIES.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ class Half:
     inputs: linear layers that read norm(x). output: the last linear layer of the half.
     before_output: the linear whose output channels reach `output` scaled one by one, so that a
     factor can move between the two exactly; None where a non-linearity stands between.
+    queries_and_keys: how many of the leading rows of each of `inputs`, as a share, make queries
+    and keys, which meet in a product before anything else.
     """
 
     norm: str
@@ -29,6 +32,7 @@ class Half:
     inputs: tuple[str, ...]
     output: str
     before_output: str | None
+    queries_and_keys: tuple[Fraction, ...]
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ FAMILIES = {
             inputs=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             output="self_attn.o_proj",
             before_output="self_attn.v_proj",
+            queries_and_keys=(Fraction(1), Fraction(1), Fraction(0)),
         ),
         Half(
             norm="post_attention_layernorm",
@@ -56,13 +61,14 @@ FAMILIES = {
             inputs=("mlp.gate_proj", "mlp.up_proj"),
             output="mlp.down_proj",
             before_output="mlp.up_proj",
+            queries_and_keys=(Fraction(0), Fraction(0)),
         ),
     ),
     "gpt2": Family(
         "transformer.h",
-        # The last third of c_attn's rows is v. GELU stands between c_fc and mlp.c_proj.
-        Half("ln_1", "attn", ("attn.c_attn",), "attn.c_proj", before_output="attn.c_attn"),
-        Half("ln_2", "mlp", ("mlp.c_fc",), "mlp.c_proj", before_output=None),
+        # Rows of c_attn are q, k, v. GELU stands between c_fc and mlp.c_proj.
+        Half("ln_1", "attn", ("attn.c_attn",), "attn.c_proj", "attn.c_attn", (Fraction(2, 3),)),
+        Half("ln_2", "mlp", ("mlp.c_fc",), "mlp.c_proj", None, (Fraction(0),)),
     ),
 }
 
@@ -114,9 +120,14 @@ def conv1d_to_linear(model: nn.Module) -> nn.Module:
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Convert the parameters of `model` in place; buffers (codes, scales, rotary angles) stay."""
-    for parameter in model.parameters():
+    """Convert the parameters of `model` in place; buffers (codes, scales, rotary angles) stay.
+
+    Every method ends here. Raises ValueError, naming it, if a parameter is not finite in `dtype`.
+    """
+    for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtype)
+        if not parameter.isfinite().all():
+            raise ValueError(f"{name} holds NaN, or a number too large for {dtype}")
     return model
 
 
@@ -136,17 +147,18 @@ def replace_linears(
     if not linears:
         raise ValueError(f"no Linear layer to compress outside skip={skip}")
     for done, (name, layer) in enumerate(linears, start=1):
+        weight = named_finite(name, layer)
         try:
-            model.set_submodule(name, make(finite(layer.weight), layer.bias))
+            model.set_submodule(name, make(weight, layer.bias))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         progress(done, len(linears))
     return model
 
 
-def finite(weight: Tensor) -> Tensor:
-    """`weight` as float32. Raises ValueError if it holds NaN or infinity."""
-    weight = weight.detach().float()
-    if not weight.isfinite().all():
-        raise ValueError("the weight holds NaN or infinity")
-    return weight
+def named_finite(name: str, layer: nn.Linear) -> Tensor:
+    """The layer's weight as float32. Raises ValueError if it or the bias is not finite."""
+    for part, tensor in (("weight", layer.weight), ("bias", layer.bias)):
+        if tensor is not None and not tensor.isfinite().all():
+            raise ValueError(f"{name}: the {part} holds NaN or infinity")
+    return layer.weight.detach().float()

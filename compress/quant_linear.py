@@ -6,7 +6,7 @@ where the layer's shape and grid fit them; many rows (prefill, evaluation), and 
 no kernel takes, go through the reference path: rebuild the weight, then one plain matrix product.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -71,13 +71,13 @@ class QuantLinear(nn.Module):
         group_size: int,
         order: Tensor | None = None,
         dtype: torch.dtype = torch.bfloat16,
-    ) -> "QuantLinear":
+    ) -> Self:
         """Pack unsigned codes (out, in) with scale and zero (out or 1, groups); zero None = middle.
 
         Scale and bias are stored in `dtype`. Raises ValueError if scale is not finite.
         """
         if not scale.isfinite().all():
-            raise ValueError("scale holds NaN or infinity")
+            raise ValueError("the scale holds NaN or infinity")
         columns = codes.shape[1]
         size = columns if group_size == -1 else min(group_size, columns)
         return cls(
@@ -107,7 +107,7 @@ class QuantLinear(nn.Module):
         }
 
     @classmethod
-    def from_spec(cls, spec: dict[str, Any]) -> "QuantLinear":
+    def from_spec(cls, spec: dict[str, Any]) -> Self:
         """An empty layer on the meta device. Raises ValueError on a spec that makes no sense."""
         bits, columns, rows = (whole(spec, k) for k in ("bits", "in_features", "out_features"))
         size, scale_rows = whole(spec, "group_size"), whole(spec, "scale_rows")
@@ -185,12 +185,19 @@ class QuantLinear(nn.Module):
             flat = x.reshape(-1, self.in_features).contiguous()
             y = torch.ops.aten._weight_int8pack_mm(flat, self.codes, scale.contiguous())
             y = y.view(*x.shape[:-1], -1)
-        elif self.scale.shape[1] == 1 and self.order is None:
-            # One scale a row: multiply the output, which is smaller than the weight.
+        elif self._scales_output(x):
             y = F.linear(x, self._steps(x.dtype)) * self.scale[:, 0].to(x.dtype)
         else:
             y = F.linear(x, self.weight(x.dtype))
         return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def _scales_output(self, x: Tensor) -> bool:
+        """Whether one scale a row is better multiplied into the output than into the weight.
+
+        It is while x has fewer rows than columns; but unscaled sums leave the range of float16.
+        """
+        fewer = x.numel() < self.in_features**2 and x.dtype != torch.float16
+        return fewer and self.scale.shape[1] == 1 and self.order is None
 
     def kernel(self, rows: int, dtype: torch.dtype) -> str:
         """Which arithmetic `forward` uses for so many input rows: a name for records."""
@@ -246,6 +253,7 @@ def whole(spec: dict[str, Any], key: str) -> int:
 
 def dtype_of(spec: dict[str, Any], key: str = "dtype") -> torch.dtype:
     """A floating-point type of a spec. Raises ValueError if it is anything else."""
-    if spec.get(key) not in DTYPES:
-        raise ValueError(f"{key} must be one of {list(DTYPES)}, not {spec.get(key)!r}")
-    return DTYPES[spec[key]]
+    name = spec.get(key)
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ValueError(f"{key} must be one of {list(DTYPES)}, not {name!r}")
+    return DTYPES[name]

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 BITS = (2, 3, 4, 8)
 CACHED_WEIGHTS = 2**17  # worked on at a time in a search over ranges: half a megabyte
-TINY = 2.0**-120  # keeps scale > 0 on all-zero rows; exact in bfloat16 and float32
 
 
 def check_grid(bits: int, group_size: int) -> None:
@@ -52,15 +51,15 @@ def scale_and_zero(
     top = 2**bits - 1
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     if symmetric:
-        scale = torch.maximum(-low, high) * 2 / top
-        zero = torch.full_like(scale, 2 ** (bits - 1))
-    else:
-        scale = (high - low) / top
-        zero = low
-    scale = scale.to(dtype).float().clamp(min=TINY)
-    if not symmetric:
-        zero = torch.round(-low / scale).clamp(0, top)
-    return scale, zero
+        scale = stored_scale(torch.maximum(-low, high) * 2 / top, dtype)
+        return scale, torch.full_like(scale, 2 ** (bits - 1))
+    scale = stored_scale((high - low) / top, dtype)
+    return scale, torch.round(-low / scale).clamp(0, top)
+
+
+def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` as `dtype` holds it, in float32; above 0 also for an all-zero group."""
+    return scale.to(dtype).float().clamp(min=torch.finfo(dtype).tiny)
 
 
 def to_codes(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
@@ -95,7 +94,7 @@ def fit_range(
     loss: what the residual (rows, groups, group_size) costs, (rows, groups, 1); it may be called
     on some of the rows at a time.
     """
-    rows = max(1, CACHED_WEIGHTS // (groups.shape[1] * groups.shape[2])) if clip else len(groups)
+    rows = CACHED_WEIGHTS // groups[0].numel() if clip else len(groups)
     fitted = [
         _fit_rows(part, bits, symmetric, dtype, clip, loss) for part in groups.split(max(1, rows))
     ]
@@ -134,7 +133,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     of a 4-bit row holds code j in its low half and code j + columns / 2 in its high half, which
     unpacks by two whole-row operations. 8-bit codes are stored minus 128, as int8.
     """
-    codes = codes.to(torch.uint8)
+    codes = codes.to(torch.uint8).contiguous()
     if bits == 8:
         return (codes ^ 0x80).view(torch.int8)
     codes = F.pad(codes, (0, -codes.shape[1] % 8))
@@ -162,8 +161,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
         values = torch.empty(packed.shape[0], padded, dtype=torch.uint8, device=packed.device)
         for index, run in enumerate(values.chunk(8 // width, dim=1)):
             torch.bitwise_right_shift(plane, width * index, out=run)
-        if width != 8:
-            values &= 2**width - 1
+        values &= 2**width - 1
         codes = values if codes is None else codes | (values << shift)
     assert codes is not None
     return codes[:, :columns]

@@ -67,6 +67,8 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     """
     match = re.fullmatch(r"\s*([\w:.-]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
     if not match:
+        if "+" in text:
+            raise ValueError(f"cannot read {text!r}: methods are not joined by + yet; name one")
         raise ValueError(f"cannot read method {text!r}; write name or name(setting=value,...)")
     settings = {}
     for part in split_outside_brackets(match[2] or ""):
@@ -152,7 +154,9 @@ def _coerce(where: str, value: Any, wanted: Any) -> Any:
     for kind in allowed:
         origin = getattr(kind, "__origin__", kind)
         if origin is tuple and isinstance(value, (list, tuple, str)):
-            return (value,) if isinstance(value, str) else tuple(value)
+            parts = (value,) if isinstance(value, str) else tuple(value)
+            if all(isinstance(part, get_args(kind)[0]) for part in parts):
+                return parts
         if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         if isinstance(origin, type) and type(value) is origin:

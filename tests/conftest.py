@@ -1,12 +1,25 @@
-"""Fixtures for all tests: a cache of their own, two random tiny models, the embedded model."""
+"""Fixtures for all tests: caches of their own, two random tiny models, the embedded model."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test asks a hub
+# Read when huggingface_hub is imported: no test asks a hub, or finds what one gave the user.
+HUB_HOME = tempfile.mkdtemp(prefix="slimbench-tests-")
+atexit.register(shutil.rmtree, HUB_HOME, ignore_errors=True)
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": HUB_HOME}
+# Read when typer and rich are imported: help and errors are the same text everywhere.
+os.environ["COLUMNS"] = "200"
+for name in (
+    *("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"),  # either would win over HF_HOME
+    *("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"),
+):
+    os.environ.pop(name, None)
 PLACES = ("SLIMBENCH_CACHE", "SLIMBENCH_MODELS", "SLIMBENCH_DATA")
 USER_PLACES = {name: os.environ[name] for name in PLACES if name in os.environ}
 

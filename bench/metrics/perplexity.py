@@ -38,8 +38,9 @@ def perplexity(subject: Subject, progress: Progress) -> dict[str, Any]:
         sums += block_nll(subject.runner, batch)
         progress(len(sums), count)
     nll_nats, scored = math.fsum(sums), count * (length - 1)
+    mean = nll_nats / scored
     return {
-        "perplexity": math.exp(nll_nats / scored),
+        "perplexity": math.exp(mean) if mean < 700 else math.inf,  # which the worker refuses
         "nll_nats": nll_nats,
         "scored_tokens": scored,
         "block_nll_nats": sums,
@@ -51,7 +52,7 @@ def block_nll(runner: Runner, ids: Tensor) -> list[float]:
     """Summed -ln p of the tokens of each block but its first. ids: (blocks, tokens) int64."""
     blocks, length = ids.shape
     targets = ids.flatten().roll(-1)  # the last of each block has no target: dropped below
-    nll = torch.empty(blocks * length, dtype=torch.float64)
+    nll = torch.full((blocks * length,), math.nan, dtype=torch.float64)  # a gap must show
     for piece, logits in runner.logit_chunks(ids, CHUNK_TOKENS):
         nll[piece] = token_nll(logits, targets[piece]).double()
     kept = nll.view(blocks, length)[:, :-1]

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import safe_open
 
 from bench.metrics.subject import Progress, Subject
-from compress.checkpoint import layer_specs, weight_files
+from compress.checkpoint import layer_specs, read_json, weight_files
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 
@@ -22,10 +22,14 @@ def size(subject: Subject, progress: Progress) -> dict[str, Any]:
 
     bits_per_weight = 8 * tensor_bytes / weights; bits_per_quantized_weight the same over the
     quantized matrices alone (None if there is none), quantized_weights their number.
-    left_alone: role (embedding, norm, bias, head, linear) -> how many weights stayed as floats.
+    left_alone: role (embedding, norm, bias, head, linear) -> how many weights stayed as floats;
+    kept_by_setting: the method's `skip`, the reason where a head or a linear is among them (no
+    method touches embeddings, norms and biases). A head that is tied to the embedding means no
+    weights of its own, even where a quantized copy of it is stored.
     """
     folder = subject.artefact
     specs = layer_specs(folder)
+    about = read_json(folder / "compression.json") if specs else {}
     quantized = {name: spec["in_features"] * spec["out_features"] for name, spec in specs.items()}
     tensors = headers(folder)
     inside = {
@@ -39,7 +43,9 @@ def size(subject: Subject, progress: Progress) -> dict[str, Any]:
         role = role_of(name, tensors[name][0])
         left_alone[role] = left_alone.get(role, 0) + math.prod(tensors[name][0])
     quantized_weights = sum(quantized.values())
-    weights = quantized_weights + sum(left_alone.values())
+    tied = read_json(folder / "config.json").get("tie_word_embeddings", False)
+    twice = sum(count for name, count in quantized.items() if tied and name == "lm_head")
+    weights = quantized_weights - twice + sum(left_alone.values())
     tensor_bytes = sum(count for _, count in tensors.values())
     return {
         "size_bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
@@ -49,6 +55,7 @@ def size(subject: Subject, progress: Progress) -> dict[str, Any]:
         "quantized_weights": quantized_weights,
         "bits_per_quantized_weight": 8 * quantized_bytes / quantized_weights if quantized else None,
         "left_alone": left_alone,
+        "kept_by_setting": about.get("settings", {}).get("skip", []),
     }
 
 
@@ -60,7 +67,10 @@ def headers(folder: Path) -> dict[str, tuple[list[int], int]]:
             for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 part = file.get_slice(name)
                 shape = part.get_shape()
-                found[name] = (shape, math.prod(shape) * BYTES[part.get_dtype()])
+                kind = part.get_dtype()
+                if kind not in BYTES:
+                    raise ValueError(f"{path}: tensor {name} is of unknown type {kind}")
+                found[name] = (shape, math.prod(shape) * BYTES[kind])
     return found
 
 

@@ -16,15 +16,12 @@ Metric = Callable[["Subject", Progress], dict[str, Any]]
 class Subject:
     """One saved artefact, loaded, and how to measure it.
 
-    artefact: the folder as the method saved it. blocks: evaluation tokens. load_s: how long
-    loading took. prompt_tokens, new_tokens: lengths for latency.
+    artefact: the folder as the method saved it. blocks: evaluation tokens. prompt_tokens,
+    new_tokens: lengths for latency.
     """
 
     runner: Runner
     artefact: Path
     blocks: Blocks
-    threads: int
-    load_s: float
     prompt_tokens: int
     new_tokens: int
-    seed: int

@@ -26,13 +26,11 @@ from torch import Tensor, nn
 from compress import calibrate
 from compress.base import Compressor, Progress, silent
 from compress.calibrate import Group, matmul_nt
-from compress.layers import cast_parameters, finite
+from compress.layers import SKIP, cast_parameters, named_finite
 from compress.quant_linear import DTYPES, QuantLinear, check_dtype
 from compress.quant_math import check_grid, fit_range, grouped, rounded, to_codes
 from compress.registry import register
 
-# Attention scores are products of two quantized layers; their error is not that of one output.
-NOT_CLIPPED = ("q_proj", "k_proj")
 ROWS = 192  # of a weight, worked on at a time in the search: what fits in the processor's cache
 
 
@@ -42,7 +40,9 @@ class Awq(Compressor):
 
     bits: 2, 3, 4 or 8. group_size: inputs of a row that share a scale; -1 for the whole row.
     symmetric: no zero is stored. grid: number of values of alpha tried, 0 up to below 1; 0 means
-    no scaling. clip: shrink each range to the least output error.
+    no scaling. clip: shrink each range to the least output error; not those of queries and keys,
+    whose errors meet in a product. skip: layers whose dotted name in the block ends in one of
+    these stay in floating point.
     dtype: type of scales, of everything left alone, and of the arithmetic.
     """
 
@@ -53,6 +53,7 @@ class Awq(Compressor):
     symmetric: bool = False
     grid: int = 20
     clip: bool = True
+    skip: tuple[str, ...] = SKIP
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -78,18 +79,18 @@ class Awq(Compressor):
     def solve_groups(self, groups: list[Group]) -> dict[str, nn.Module]:
         """Scale the block of `groups` in place, then give the quantized layers."""
         for group in groups:
-            for layer in group.layers:
-                layer.weight = nn.Parameter(finite(layer.weight), False)  # ours to change
+            for name, layer in group.chosen().items():
+                layer.weight = nn.Parameter(named_finite(name, layer), False)
         for group in groups:
             if self.grid:
                 self.scale(group)
-        return {
-            name: self.quantize(
-                layer, group.gram, clip=self.clip and not name.endswith(NOT_CLIPPED)
-            )
-            for group in groups
-            for name, layer in zip(group.names, group.layers, strict=True)
-        }
+        replaced: dict[str, nn.Module] = {}
+        for group in groups:
+            shares = dict(zip(group.half.inputs, group.half.queries_and_keys, strict=True))
+            for name, layer in group.chosen(self.skip).items():
+                unclipped = int(layer.out_features * shares.get(name, 0)) if self.clip else -1
+                replaced[name] = self.quantize(layer, group.gram, unclipped)
+        return replaced
 
     def scale(self, group: Group) -> None:
         """Choose s for `group`, multiply it into the layers, divide it out of what is before.
@@ -99,10 +100,11 @@ class Awq(Compressor):
         target = Before.of(group)
         if target is None:
             return
-        weights = [layer.weight for layer in group.layers]
+        layers = group.chosen().values()
+        weights = [layer.weight for layer in layers]
         # Each layer counts by its error relative to its own output: q and k would drown v.
-        energy = [output_error(weight.clone(), group.gram) for weight in weights]
-        best, least = torch.ones(len(group.gram)), torch.inf
+        energy = [output_error(weight, group.gram) for weight in weights]
+        best, least = torch.ones_like(group.magnitude), torch.inf
         for s in self.candidates(target.shared(group.magnitude), target.shared(evenness(weights))):
             error = sum(
                 output_error(self._rounded(rows * s) / s - rows, group.gram) / (whole or 1.0)
@@ -111,8 +113,8 @@ class Awq(Compressor):
             )
             if error < least:
                 best, least = s, error
-        for layer in group.layers:
-            layer.weight.mul_(best)
+        for layer in layers:
+            layer.weight = nn.Parameter(layer.weight * best, False)
         target.divide(best)
         group.gram /= best[:, None] * best
 
@@ -127,12 +129,15 @@ class Awq(Compressor):
             for s in (magnitude**alpha, magnitude**alpha / even ** (1 - alpha)):
                 yield (s / (s.max() * s.min()).sqrt()).clamp(min=1e-4)
 
-    def quantize(self, layer: nn.Linear, gram: Tensor, clip: bool) -> QuantLinear:
-        """Codes on the grid whose ranges give the least output error of each group."""
+    def quantize(self, layer: nn.Linear, gram: Tensor, unclipped: int) -> QuantLinear:
+        """Codes on the grid whose ranges give the least output error of each group.
+
+        unclipped: so many leading rows keep their whole range; -1 for all rows.
+        """
         columns = layer.weight.shape[1]
         groups = grouped(layer.weight, self.group_size)  # (out, groups, group_size)
         size = groups.shape[2]
-        blocks = torch.zeros(groups.shape[1], size, size)  # H of each group
+        blocks = gram.new_zeros(groups.shape[1], size, size)  # H of each group
         for index in range(len(blocks)):
             part = gram[index * size : (index + 1) * size, index * size : (index + 1) * size]
             blocks[index, : len(part), : len(part)] = part
@@ -142,7 +147,13 @@ class Awq(Compressor):
             return (turned @ blocks).mul_(turned).sum(-1, keepdim=True).transpose(0, 1)
 
         dtype = DTYPES[self.dtype]
-        scale, zero = fit_range(groups, self.bits, self.symmetric, dtype, clip, loss)
+        whole = len(groups) if unclipped == -1 else unclipped
+        fitted = [
+            fit_range(rows, self.bits, self.symmetric, dtype, clip, loss)
+            for rows, clip in ((groups[:whole], False), (groups[whole:], True))
+            if len(rows)
+        ]
+        scale, zero = (torch.cat(parts) for parts in zip(*fitted, strict=True))
         codes = to_codes(groups, scale, zero, self.bits).flatten(1)[:, :columns]
         return QuantLinear.from_codes(
             codes.to(torch.uint8),
@@ -164,7 +175,7 @@ class Awq(Compressor):
 
 def output_error(change: Tensor, gram: Tensor) -> float:
     """tr(D H D^T): mean over tokens of the squared change of the output, summed over outputs."""
-    return matmul_nt(change, gram).mul_(change).sum(dtype=torch.float64).item()
+    return matmul_nt(change.contiguous(), gram).mul_(change).sum(dtype=torch.float64).item()
 
 
 def evenness(weights: list[Tensor]) -> Tensor:

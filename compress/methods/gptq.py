@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from compress import calibrate
 from compress.base import Compressor, Progress, silent
 from compress.calibrate import Group
-from compress.layers import cast_parameters, finite
+from compress.layers import SKIP, cast_parameters, named_finite
 from compress.quant_linear import DTYPES, QuantLinear, check_dtype
 from compress.quant_math import check_grid, fit_range, grouped
 from compress.registry import register
@@ -40,6 +40,7 @@ class Gptq(Compressor):
     only matters that they are older. damping: share of the mean of H's diagonal added to it;
     multiplied by 10 as often as the Cholesky factorization needs. true_sequential: each group of
     layers sees inputs computed by the layers already quantized, also within a block.
+    skip: layers whose dotted name in the block ends in one of these stay in floating point.
     dtype: type of scales, of everything left alone, and of the arithmetic.
     """
 
@@ -53,6 +54,7 @@ class Gptq(Compressor):
     static_groups: bool = True
     damping: float = 0.01
     true_sequential: bool = True
+    skip: tuple[str, ...] = SKIP
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -80,11 +82,14 @@ class Gptq(Compressor):
         """The quantized layers that replace those of `groups`."""
         replaced: dict[str, nn.Module] = {}
         for group in groups:
-            weights = [finite(layer.weight) for layer in group.layers]
+            chosen = group.chosen(self.skip)
+            weights = [named_finite(name, layer) for name, layer in chosen.items()]
+            if not weights:
+                continue
             codes, scale, zero, order = self.solve(torch.cat(weights), group.gram)
             heights = [len(weight) for weight in weights]
             parts = zip(*(tensor.split(heights) for tensor in (codes, scale, zero)), strict=True)
-            for name, layer, part in zip(group.names, group.layers, parts, strict=True):
+            for (name, layer), part in zip(chosen.items(), parts, strict=True):
                 replaced[name] = QuantLinear.from_codes(
                     part[0],
                     part[1],
@@ -106,6 +111,7 @@ class Gptq(Compressor):
         columns = weight.shape[1]
         size = columns if self.group_size == -1 else min(self.group_size, columns)
         importance = gram.diagonal().clone()
+        weight = weight.masked_fill(importance == 0, 0)  # an input that is always 0 needs none
         order = None
         if self.act_order:
             order = torch.argsort(importance, descending=True, stable=True)
@@ -114,24 +120,23 @@ class Gptq(Compressor):
 
         # Rows of these transposed matrices are columns of W: contiguous, and the loop is theirs.
         todo = weight.T.contiguous()  # (in, out)
-        todo[importance == 0] = 0  # an input that is always 0 needs no weight
         if self.static_groups:
             original = weight if order is None else weight[:, torch.argsort(order)]
             weights_of = importance if order is None else importance[torch.argsort(order)]
             scale, zero = self._ranges(original, weights_of)
-            group_of = torch.arange(columns) if order is None else order
+            group_of = torch.arange(columns) if order is None else order.cpu()
         else:
-            scale = zero = torch.empty(len(weight), 0)
+            scale = zero = weight.new_empty(len(weight), 0)
             group_of = torch.arange(columns)
         scales, zeros = list(scale.T.contiguous()), list(zero.T.contiguous())
         group_index = (group_of // size).tolist()
 
-        codes = torch.empty(todo.shape, dtype=torch.uint8)
+        codes = torch.empty_like(todo, dtype=torch.uint8)
         block = size * max(1, BLOCK // size) if size < columns else BLOCK
         top, pivots = 2**self.bits - 1, factor.diagonal().tolist()
         for start in range(0, columns, block):
             stop = min(start + block, columns)
-            errors = torch.empty(stop - start, todo.shape[1])
+            errors = torch.empty_like(todo[start:stop])
             for j in range(start, stop):
                 if group_index[j] == len(scales):  # not static: the range of what is left by now
                     new = slice(j, j + size)
@@ -174,20 +179,17 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     gram: H, (in, in), positive semi-definite. An input that is always 0 gets a diagonal of 1.
     Damping grows tenfold until the factorization succeeds; ValueError if it never does.
     """
-    gram = gram.double()
-    diagonal = gram.diagonal()
-    mean = diagonal.mean().item()
-    if mean == 0:
-        return torch.eye(len(gram), dtype=torch.float64)
-    identity = torch.eye(len(gram), dtype=torch.float64)
+    # With rows and columns reversed, H = L L^T; reversed back, L is upper triangular, and its
+    # inverse is U: one factorization instead of two and an inverse of H.
+    damped = gram.flip(0, 1).double()
+    diagonal = damped.diagonal().clone()
+    mean = diagonal.mean().item() or 1.0  # all zero: no input, any factor will do
     while damping <= 10:
-        damped = gram.clone()
-        damped.diagonal().add_(damping * mean)
+        damped.diagonal().copy_(diagonal + damping * mean)
         damped.diagonal()[diagonal == 0] = 1
-        # With rows and columns reversed, H = L L^T; reversed back, L is upper triangular, and its
-        # inverse is U: one factorization instead of two and an inverse of H.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
+            identity = torch.eye(len(gram), dtype=lower.dtype, device=lower.device)
             factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
             if factor.isfinite().all():
                 return factor

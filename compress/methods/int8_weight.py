@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compress.base import Compressor, Progress, silent
 from compress.layers import SKIP, cast_parameters, replace_linears
 from compress.quant_linear import DTYPES, QuantLinear, check_dtype
-from compress.quant_math import check_grid, grouped
+from compress.quant_math import check_grid, grouped, stored_scale
 from compress.registry import register
 
 GRANULARITIES = ("tensor", "row", "group")
@@ -87,15 +87,13 @@ def int8_scale(shared: Tensor, symmetric: bool, dtype: torch.dtype) -> tuple[Ten
     shared: (..., n) float32. Returns scale (..., 1) > 0, float32 already rounded to `dtype`, and
     zero (..., 1), a whole number in [-128, 127]: the code that means 0.0 exactly.
     """
-    tiny = 2.0**-120  # keeps scale > 0 on all-zero rows
     if symmetric:  # -128 stays unused, so that the codes of w and -w mirror each other
-        scale = shared.abs().amax(-1, keepdim=True) / 127
-        scale = scale.to(dtype).float().clamp(min=tiny)
+        scale = stored_scale(shared.abs().amax(-1, keepdim=True) / 127, dtype)
         return scale, torch.zeros_like(scale)
     # The range must contain 0, or `zero` would fall outside the 8-bit codes.
     low = shared.amin(-1, keepdim=True).clamp(max=0)
     high = shared.amax(-1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / 255).to(dtype).float().clamp(min=tiny)
+    scale = stored_scale((high - low) / 255, dtype)
     zero = torch.round(-128 - low / scale).clamp(-128, 127)
     return scale, zero
 

@@ -1,6 +1,7 @@
 """Fixtures for tests that run jobs: a method that misbehaves when it is told to."""
 
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,14 @@ class Planted:
         """The processes that it ran in or started."""
         return [int(word) for line in self._lines() for word in line.split()[1:]]
 
-    def ended(self) -> bool:
-        """Whether all of those are gone."""
-        return not any(
-            psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-            for pid in self.pids()
-        )
+    def ended(self, within_s: float = 10.0) -> bool:
+        """Whether all of those are gone; one that was killed takes a moment to go."""
+        end = time.monotonic() + within_s
+        while any(map(_lives, self.pids())):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+        return True
 
     def heal(self) -> None:
         """From now on it behaves."""
@@ -43,6 +46,13 @@ class Planted:
     def _lines(self) -> list[str]:
         file = self.folder / "calls"
         return file.read_text().splitlines() if file.exists() else []
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import sys
 import time
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,6 +58,7 @@ def test_compress_and_measure_are_two_processes_neither_of_them_ours(task, plant
     assert len({*planted.pids(), os.getpid()}) == 3
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_ctrl_c_cannot_reach_the_server_nor_what_it_forks():
     launch.start_server()
     status = Path(f"/proc/{forkserver._forkserver._forkserver_pid}/status").read_text()
@@ -81,11 +83,19 @@ def test_a_method_that_destroys_the_weights_fails(task):
     assert "NaN" in record["error"]
 
 
-def test_too_long_is_a_failure_and_everything_it_started_is_ended(task, planted):
+def test_too_long_is_a_failure_and_everything_it_started_is_ended(task, planted, monkeypatch):
     slow = task(fault="hang", timeout_s=1)
-    start = time.monotonic()
+    boxes = Path(os.environ["SLIMBENCH_CACHE"]) / "boxes"
+
+    def hung():
+        return any("about to hang" in log.read_text() for log in boxes.glob("box-*/log.txt"))
+
+    # Time stands still until the method hangs: how long it takes to start is not what is tested.
+    clock = SimpleNamespace(
+        perf_counter=time.perf_counter, monotonic=lambda: 1e9 if hung() else 0.0
+    )
+    monkeypatch.setattr(launch, "time", clock)
     record = launch.launch(slow)
-    assert time.monotonic() - start < 20
     assert record["status"] == "failed"
     assert record["error"] == "compress: no result after 1 s; see --timeout-s"
     assert record["log_tail"].endswith("about to hang\n")

@@ -19,7 +19,7 @@ COLUMNS = (
 
 
 def make(method="none", perplexity=20.0, started="2026-11-22T10:00:00+00:00", **changes):
-    """An ok record with two blocks of 100 scored tokens, whose nll gives `perplexity`."""
+    """An ok record with eight blocks of 25 scored tokens, whose nll gives `perplexity`."""
     nll = 200 * math.log(perplexity) if perplexity else 0.0
     job = {
         "model": "tiny-llama",
@@ -39,7 +39,7 @@ def make(method="none", perplexity=20.0, started="2026-11-22T10:00:00+00:00", **
     }
     values = {
         "perplexity": perplexity,
-        "block_nll_nats": [0.4 * nll, 0.6 * nll],
+        "block_nll_nats": [0.1 * nll, 0.15 * nll] * 4,
         "scored_tokens": 200,
         "size_bytes": 1_500_000,
         "bits_per_weight": 4.5,
@@ -137,8 +137,10 @@ def test_best_first_failures_last_with_their_reason():
 
 def test_change_against_the_parent_by_hand():
     text = board.change_text(make("gptq", 21.0), make())
-    # Blocks change by 0.8 and 1.2 times the mean ln(21/20) a token: +3.98 % and +6.03 %.
-    assert text == "+5.00 % [+3.98, +6.03]"
+    # Four blocks change by 0.8 and four by 1.2 times the mean, ln(21/20) a token. A resample of
+    # eight has k of the second kind; the expanded tail of 0.57 % lies between P(k = 0) = 0.39 %
+    # and P(k <= 1) = 3.5 %: the ends are k = 1 and k = 7, 0.85 and 1.15 times ln(21/20).
+    assert text == "+5.00 % [+4.23, +5.77]"
 
 
 def test_no_change_is_claimed_where_blocks_do_not_pair():
@@ -193,12 +195,13 @@ def test_markdown_header_says_how_where_and_when():
         "data: test, 1,234 tokens, 2 windows used, SHA-256 of the text 0123456789abcdef\n",
         "machine: EPYC, 2 cores, 16 GiB (amx); threads used: 2",
         "torch 2.13.0; commit 0123456789ab; newest record 2026-11-23",
-        "| gptq |  | 21.000 | +5.00 % [+3.98, +6.03] | 1.5 | 4.50 | 12.3 | 56.8 | 0.12 | 3.2 "
+        "weights: revision r0, from",
+        "| gptq |  | 21.000 | +5.00 % [+4.23, +5.77] | 1.5 | 4.50 | 12.3 | 56.8 | 0.12 | 3.2 "
         "| 6.5 | 99 | gptq-21.0",
     ):
         assert part in text
     assert "- data: checksum d0\n" in board.to_markdown([failed(blocks={})])
-    assert "local changes" in board.to_markdown([make(dirty=True)])
+    assert "0123456789ab changed" in board.to_markdown([make(dirty=True)])
 
 
 def test_records_of_another_kind_are_passed_over():

@@ -98,6 +98,6 @@ def test_a_killed_process_blocks_nobody(cache):
     (cache / ".box.part" / "junk").mkdir()
     began = time.monotonic()
     assert made_once("box", os.mkdir) == cache / "box"
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 10
     assert visible(cache) == ["box"]
     assert visible(cache / "box") == []

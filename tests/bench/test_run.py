@@ -44,7 +44,9 @@ def test_a_job_says_everything_that_counts():
     assert job.calibration == {
         "data": "sample", "sha": job.data_sha, "samples": 8, "length": 32, "seed": 5
     }  # fmt: skip
-    assert job.protocol == {"window": 64, "limit": 2, "prompt_tokens": 128, "new_tokens": 64}
+    assert job.protocol == {
+        "window": 64, "stride": 64, "bos": False, "limit": 2, "prompt_tokens": 128, "new_tokens": 64
+    }  # fmt: skip
     assert (job.metrics, job.threads, job.seed) == (("size", "perplexity"), 1, 5)
     assert job.environment.startswith("torch-2.")
     assert len(job.code["compress"]) == len(job.code["measure"]) == 12
@@ -102,7 +104,7 @@ def test_data_shorter_than_the_prompt_of_latency_fails_once(tmp_path, monkeypatc
     monkeypatch.setattr(run, "launch", None)
     request = replace(FAST, data=str(text), limit=None, metrics="latency")
     with pytest.raises(
-        ValueError, match="192 tokens in whole windows, fewer than the prompt of 256"
+        ValueError, match="192 tokens in whole windows, fewer than the prompt of 512"
     ):
         go(request, tmp_path / "results")
     assert run.plan(replace(request, limit=2))[0].job.protocol["prompt_tokens"] == 128

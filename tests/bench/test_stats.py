@@ -11,7 +11,7 @@ from bench.stats import paired_delta
 
 def test_change_by_hand():
     # Per token 2.0 nats against 1.9: perplexity is exp(0.1) - 1 = 10.517 % higher.
-    change, low, high = paired_delta([200.0, 200.0], [190.0, 190.0], 100)
+    change, low, high = paired_delta([200.0] * 8, [190.0] * 8, 100)
     assert change == pytest.approx(0.1051709)
     assert low == pytest.approx(change) and high == pytest.approx(change)  # no spread at all
 
@@ -41,6 +41,8 @@ def test_agrees_with_scipy():
         paired=True,
         vectorized=True,
         n_resamples=10_000,
+        # 40 blocks: the percentiles of a normal at +-t(39) * sqrt(40 / 39) = 2.0485 standard errors
+        confidence_level=0.95949,
         method="percentile",
         random_state=2,
     ).confidence_interval
@@ -65,7 +67,18 @@ def test_equal_input_gives_equal_intervals_and_many_blocks_fit():
     assert first[0] == pytest.approx(math.expm1(0.001))
 
 
-def test_one_block_has_no_interval():
-    change, low, high = paired_delta([101.0], [100.0], 100)
+@pytest.mark.parametrize("blocks, known", [(1, False), (7, False), (8, True)])
+def test_few_blocks_have_no_interval(blocks, known):
+    change, low, high = paired_delta([101.0] * blocks, [100.0] * blocks, 100)
     assert change == pytest.approx(math.expm1(0.01))
-    assert math.isnan(low) and math.isnan(high)
+    assert (math.isfinite(low) and math.isfinite(high)) == known
+
+
+def test_coverage_with_the_fewest_blocks_is_near_its_name():
+    generator = np.random.default_rng(5)
+    covered = 0
+    for seed in range(400):
+        difference = generator.normal(1.0, 1.0, size=8)
+        _, low, high = paired_delta(difference, np.zeros(8), 1000, seed)
+        covered += low <= math.expm1(0.001) <= high
+    assert 0.92 <= covered / 400 <= 0.98  # plain percentiles reach 0.88

@@ -1,13 +1,17 @@
 """awq: scaling alone changes nothing, the search lowers the output error, exact folds only."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from compress import calibrate
-from compress.base import TorchRunner
-from compress.layers import decoder_blocks
+from compress.base import TorchRunner, silent
+from compress.layers import LinearFromConv1D, decoder_blocks
 from compress.methods.awq import Awq, Before, output_error
 from compress.methods.rtn import Rtn
+from compress.quant_linear import QuantLinear
 
 OUTLIERS = [3, 17, 40]
 
@@ -30,7 +34,7 @@ def groups_of(model, token_ids):
             found[len(found) // 4, group.names[0]] = group
         return {}
 
-    calibrate.run(model, token_ids, keep, "float", lambda done, total: None)
+    calibrate.run(model, token_ids, keep, "block", silent)
     return found
 
 
@@ -42,15 +46,13 @@ def test_scaling_leaves_the_function_unchanged(uneven, token_ids):
         nonlocal scaled
         method = Awq(bits=3, group_size=32, dtype="float32")
         for group in groups:
-            old = [layer.weight.clone() for layer in group.layers]
-            for layer in group.layers:
-                layer.weight = torch.nn.Parameter(layer.weight.clone(), False)
+            old = [layer.weight.clone() for layer in group.chosen().values()]
             method.scale(group)
-            new = [layer.weight for layer in group.layers]
+            new = [layer.weight for layer in group.chosen().values()]
             scaled += any(not torch.equal(a, b) for a, b in zip(old, new, strict=True))
         return {}
 
-    calibrate.run(uneven, token_ids, scale_only, "float", lambda done, total: None)
+    calibrate.run(uneven, token_ids, scale_only, "block", silent)
     after = TorchRunner(uneven).logits(token_ids).double()
     assert scaled >= 5  # of 12 (Llama) or 8 (GPT-2) groups: it did something
     assert (after - before).norm() < 1e-5 * before.norm()
@@ -68,13 +70,11 @@ def test_scale_lowers_the_output_error_and_prefers_large_inputs(uneven, token_id
     for (_, name), group in groups_of(uneven, token_ids).items():
         if name not in ("self_attn.q_proj", "attn.c_attn"):
             continue
-        for layer in group.layers:
-            layer.weight = torch.nn.Parameter(layer.weight.clone(), False)
-        weight = torch.cat([layer.weight for layer in group.layers])
+        weight = torch.cat([layer.weight for layer in group.chosen().values()])
         gram = group.gram.clone()
         plain = output_error(method._rounded(weight) - weight, gram)
         method.scale(group)
-        scaled = torch.cat([layer.weight for layer in group.layers])
+        scaled = torch.cat([layer.weight for layer in group.chosen().values()])
         s = (scaled / weight).median(0).values
         assert output_error(method._rounded(scaled) - scaled, group.gram) < 0.9 * plain
         rest = [channel for channel in range(64) if channel not in OUTLIERS]
@@ -93,18 +93,49 @@ def test_query_heads_of_one_key_value_head_share_their_scale(llama, token_ids):
 @torch.inference_mode()
 def test_clipping_lowers_the_output_error(uneven, token_ids):
     for group in groups_of(uneven, token_ids).values():
-        layer = group.layers[0]
+        layer = next(iter(group.chosen().values()))
         method = Awq(bits=3, group_size=32, dtype="float32")
 
-        def error(clip, layer=layer, group=group, method=method):
-            change = method.quantize(layer, group.gram, clip).weight() - layer.weight
+        def error(unclipped, layer=layer, group=group, method=method):
+            change = method.quantize(layer, group.gram, unclipped).weight() - layer.weight
             blocks = change.view(len(change), -1, 32).transpose(0, 1)
             own = torch.stack(
                 [group.gram[i : i + 32, i : i + 32] for i in range(0, change.shape[1], 32)]
             )
             return ((blocks @ own) * blocks).sum().item()
 
-        assert error(True) < error(False)
+        assert error(0) < error(-1)  # all rows clipped, none clipped
+
+
+@torch.inference_mode()
+def test_leading_rows_keep_their_range(gpt2, token_ids):
+    group = groups_of(gpt2, token_ids)[0, "attn.c_attn"]
+    layer = group.chosen()["attn.c_attn"]
+    method = Awq(bits=3, group_size=32, dtype="float32")
+    every, none, some = (method.quantize(layer, group.gram, n).weight() for n in (0, -1, 100))
+    assert torch.equal(some[:100], none[:100])
+    assert (some[100:] == every[100:]).float().mean() > 0.99  # two ranges may cost the same
+    assert (every[:100] == none[:100]).float().mean() < 0.9
+
+
+def test_queries_and_keys_are_not_clipped(model, token_ids):
+    """In GPT-2 they are the first two thirds of the rows of c_attn."""
+
+    def attention(clip):
+        method = Awq(bits=3, group_size=32, clip=clip)
+        name, block = decoder_blocks(method.compress(copy.deepcopy(model), token_ids))[0]
+        if "transformer" in name:
+            layer = block.attn.c_attn
+            rows = torch.arange(192)
+            return [(layer.weight()[part], layer.scale[part]) for part in rows.chunk(3)]
+        layers = block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj
+        return [(layer.weight(), layer.scale) for layer in layers]
+
+    clipped, whole = attention(True), attention(False)
+    for mine, theirs in zip(clipped[:2], whole[:2], strict=True):
+        assert torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])
+    assert not torch.equal(clipped[2][0], whole[2][0])
+    assert (clipped[2][1] <= whole[2][1]).all() and (clipped[2][1] < whole[2][1]).any()
 
 
 def test_without_scaling_and_clipping_it_is_round_to_nearest(model, token_ids):
@@ -112,7 +143,7 @@ def test_without_scaling_and_clipping_it_is_round_to_nearest(model, token_ids):
     expected = {
         child: Rtn(3, 32).quantize(layer.weight, layer.bias).weight()
         for child, layer in block.named_modules()
-        if isinstance(layer, torch.nn.Linear)
+        if isinstance(layer, nn.Linear)
     }
     compressed = Awq(bits=3, group_size=32, grid=0, clip=False).compress(model, token_ids)
     block = compressed.get_submodule(name)
@@ -122,8 +153,6 @@ def test_without_scaling_and_clipping_it_is_round_to_nearest(model, token_ids):
 
 
 def test_beats_rounding_on_the_model_output(uneven, token_ids):
-    import copy
-
     before = TorchRunner(uneven).logits(token_ids)
 
     def error(method):
@@ -131,7 +160,29 @@ def test_beats_rounding_on_the_model_output(uneven, token_ids):
         return (TorchRunner(compressed).logits(token_ids) - before).norm().item()
 
     settings = dict(bits=3, group_size=32, dtype="float32")
-    assert error(Awq(**settings)) < 0.9 * error(Rtn(**settings))
+    plain = error(Rtn(**settings))
+    assert error(Awq(**settings, clip=False)) < plain
+    ours = error(Awq(**settings))
+    assert ours < 0.9 * plain
+    assert ours < error(Rtn(**settings, clip=True))
+
+
+@pytest.mark.parametrize(
+    "family, skip",
+    [("llama", ("lm_head", "k_proj", "down_proj")), ("gpt2", ("lm_head", "attn.c_proj", "c_fc"))],
+)
+def test_skipped_layers_stay_in_floating_point(family, skip, request, token_ids):
+    compressed = Awq(group_size=32, skip=skip).compress(request.getfixturevalue(family), token_ids)
+    skipped = 0
+    for _, block in decoder_blocks(compressed):
+        for name, layer in block.named_modules():
+            if name.endswith(skip):
+                skipped += 1
+                assert type(layer) is (nn.Linear if family == "llama" else LinearFromConv1D)
+                assert layer.weight.dtype == torch.bfloat16
+            elif name.endswith(("proj", "c_attn", "c_fc")):
+                assert type(layer) is QuantLinear
+    assert skipped == {"llama": 6, "gpt2": 4}[family]
 
 
 def test_refusals(llama, token_ids):
@@ -139,6 +190,8 @@ def test_refusals(llama, token_ids):
         Awq(grid=-1)
     with pytest.raises(ValueError, match="needs calibration"):
         Awq().compress(llama)
-    llama.model.layers[2].mlp.up_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"model\.layers\.2: "):
+    llama.model.layers[2].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError) as caught:
         Awq().compress(llama, token_ids)
+    named = "model.layers.2: mlp.down_proj: the weight holds NaN or infinity"
+    assert str(caught.value) == named

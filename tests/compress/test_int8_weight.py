@@ -85,6 +85,12 @@ def test_refuses_weights_that_are_not_finite(llama):
         Int8Weight().compress(llama)
 
 
+def test_refuses_biases_that_are_not_finite(gpt2):
+    gpt2.transformer.h[0].mlp.c_fc.bias.data[3] = float("inf")
+    with pytest.raises(ValueError, match=r"^transformer\.h\.0\.mlp\.c_fc: the bias holds NaN"):
+        Int8Weight().compress(gpt2)
+
+
 def test_refuses_to_have_no_effect():
     with pytest.raises(ValueError, match="no Linear layer"):
         Int8Weight().compress(torch.nn.Sequential(torch.nn.ReLU()))

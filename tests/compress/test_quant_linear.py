@@ -5,12 +5,17 @@ import torch
 
 from compress.checkpoint import LAYER_KINDS
 from compress.methods.dynamic import Dynamic
+from compress.methods.int8_weight import Int8Weight
 from compress.methods.rtn import Rtn
 from compress.quant_linear import FEW_ROWS, QuantLinear
 
 
-def weight(rows=96, columns=128, seed=0):
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+def random(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weight(rows=96, columns=128):
+    return random(rows, columns, seed=0)
 
 
 def relative(a, b):
@@ -34,13 +39,13 @@ def test_weight_is_scale_times_code_minus_zero(bits, symmetric, columns):
     assert torch.equal(layer.weight(), expected)
 
 
-@pytest.mark.parametrize("rows", [1, FEW_ROWS - 1, FEW_ROWS, 40])
+@pytest.mark.parametrize("rows", [1, FEW_ROWS - 1, FEW_ROWS, 40, 200])  # 200: more than columns
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits, group_size", [(4, 32), (4, 64), (4, 48), (3, 64), (8, -1), (8, 64)])
 def test_every_kernel_agrees_with_float64(bits, group_size, symmetric, rows):
-    bias = torch.randn(96)
+    bias = random(96, seed=1)
     layer = Rtn(bits=bits, group_size=group_size, symmetric=symmetric).quantize(weight(), bias)
-    x = torch.randn(rows, 128).bfloat16()
+    x = random(rows, 128, seed=2).bfloat16()
     exact = x.double() @ layer.weight(torch.float64).T + bias.bfloat16().double()
     assert relative(layer(x), exact) < 0.004  # bfloat16 rounds to 0.2-0.4 %
 
@@ -61,7 +66,7 @@ def test_kernels_are_named_and_chosen_by_shape():
 
 def test_codes_that_a_kernel_would_crash_on_go_elsewhere():
     layer = Rtn(bits=8, group_size=-1, symmetric=True).quantize(weight(), None)
-    x = torch.randn(4, 128).bfloat16()
+    x = random(4, 128, seed=2).bfloat16()
     expected = layer(x)
     shifted = torch.empty(96 * 128 + 8, dtype=torch.int8)[8:].view(96, 128)
     layer.codes = shifted.copy_(layer.codes)  # 8 bytes off: as in a memory-mapped file
@@ -69,6 +74,20 @@ def test_codes_that_a_kernel_would_crash_on_go_elsewhere():
     assert relative(layer(x), expected) < 0.004
     odd = Rtn(bits=8, group_size=-1, symmetric=True).quantize(weight(columns=100), None)
     assert odd.kernel(4, torch.bfloat16) == "rebuild"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
+@pytest.mark.parametrize("rows", [4, 40, 200])
+def test_float16_takes_inputs_whose_products_with_codes_would_overflow(
+    rows, granularity, symmetric
+):
+    layer = Int8Weight(symmetric, granularity, dtype="float16").quantize(weight(), None)
+    x = random(rows, 128, seed=2).half()
+    x[0, 3] = 1000  # times a code of 127 it is beyond 65504, float16's largest number
+    y = layer(x)
+    assert y.isfinite().all()
+    assert relative(y, x.double() @ layer.weight(torch.float64).T) < 0.004
 
 
 def test_order_maps_code_columns_to_inputs():
@@ -79,7 +98,7 @@ def test_order_maps_code_columns_to_inputs():
         codes, plain.scale, zero, None, 4, 64, order, dtype=torch.float32
     )
     assert torch.equal(layer.weight()[:, order], plain.weight())
-    x = torch.randn(3, 128)
+    x = random(3, 128, seed=2)
     torch.testing.assert_close(layer(x), plain(x[:, order]))
 
 
@@ -99,9 +118,8 @@ def test_int8_dynamic_by_hand():
 
 
 def test_int8_dynamic_error_is_that_of_two_roundings():
-    torch.manual_seed(0)
-    w, x = weight(), torch.randn(50, 128)
-    layer = Dynamic(dtype="float32").quantize(w, torch.randn(96))
+    w, x = weight(), random(50, 128, seed=2)
+    layer = Dynamic(dtype="float32").quantize(w, random(96, seed=1))
     expected = x @ w.T + layer.bias
     assert 0.001 < relative(layer(x), expected) < 0.015
     # One huge token does not disturb the others: scales are per token.
@@ -130,12 +148,24 @@ def test_spec_rebuilds_the_same_layer(make, bias):
         {"scale_rows": 7},
         {"dtype": "int64"},
         {"dtype": None},
+        {"dtype": []},
+        {"bits": []},
     ],
 )
 def test_refuses_specs_that_make_no_sense(change):
     spec = Rtn().quantize(weight(), None).spec()
     with pytest.raises(ValueError):
         QuantLinear.from_spec(spec | change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"bits": 4}, {"group_size": 64}, {"symmetric": False}, {"order": True}]
+)
+def test_int8_dynamic_refuses_the_grids_that_its_product_does_not_take(change):
+    spec = Dynamic().quantize(weight(), None).spec()
+    assert LAYER_KINDS["int8_dynamic"].from_spec(spec).codes.shape == (96, 128)
+    with pytest.raises(ValueError, match="int8_dynamic takes 8-bit symmetric codes"):
+        LAYER_KINDS["int8_dynamic"].from_spec(spec | change)
 
 
 def test_refuses_a_scale_that_is_not_finite():
