@@ -198,13 +198,9 @@ def _check(folder: Path) -> None:
     if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ValueError(f"{folder / 'config.json'}: model_type {kind!r}; give one of: {known}")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        shards = checkpoint.read_json(index).get("weight_map")
-        for shard in set(shards.values()) if isinstance(shards, dict) else ():
-            if not (folder / str(shard)).is_file():
-                raise ValueError(f"{folder / str(shard)} is missing; download or copy it again")
     for path in checkpoint.weight_files(folder):
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; download or copy it again")
         try:
             with safe_open(path, framework="pt"):
                 pass  # opening compares the header with the size of the file

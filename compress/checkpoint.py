@@ -58,7 +58,7 @@ def save(model: Any, folder: Path | str, method: Any = None) -> None:
             os.rename(folder, old)
         try:
             os.rename(made, folder)
-        except OSError:
+        except BaseException:  # Ctrl-C too
             if old.exists():
                 os.rename(old, folder)
             raise
@@ -140,10 +140,10 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / INDEX).exists():
         shards = read_json(folder / INDEX).get("weight_map")
-        names = set(shards.values()) if isinstance(shards, dict) else set()
+        names = list(shards.values()) if isinstance(shards, dict) else []
         if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
             raise ValueError(f"{folder / INDEX}: 'weight_map' must name files of this folder")
-        files = [folder / name for name in sorted(names)]
+        files = [folder / name for name in sorted(set(names))]
     elif (folder / WEIGHTS).exists():
         files = [folder / WEIGHTS]
     else:
@@ -221,7 +221,7 @@ def _check_sizes(config: dict[str, Any], folder: Path) -> None:
         value = config.get(key)
         if value is not None and (type(value) is not int or not 0 < value <= bits):
             raise ValueError(f"{folder / CONFIG}: {key} = {value!r} does not fit the weights")
-    layers = config.get("num_hidden_layers", config.get("n_layer", 1))
+    layers = max(config.get("num_hidden_layers") or 1, config.get("n_layer") or 1)
     if layers > bits // 1000:  # a decoder block has thousands of weights
         raise ValueError(f"{folder / CONFIG}: {layers} layers do not fit the weights")
 

@@ -140,12 +140,10 @@ def replace_linears(
     """Put make(weight, bias) where each Linear outside `skip` stands, one layer at a time.
 
     make gets the weight (out, in) as float32. Raises ValueError, naming the layer, if a weight is
-    not finite or make refuses it, and if there is no layer: a method without effect must not
-    reach the leaderboard.
+    not finite or make refuses it, and if there is no layer.
     """
+    refuse_no_effect(model, skip)
     linears = list(named_linears(model, skip))
-    if not linears:
-        raise ValueError(f"no Linear layer to compress outside skip={skip}")
     for done, (name, layer) in enumerate(linears, start=1):
         weight = named_finite(name, layer)
         try:
@@ -154,6 +152,12 @@ def replace_linears(
             raise ValueError(f"{name}: {error}") from None
         progress(done, len(linears))
     return model
+
+
+def refuse_no_effect(model: nn.Module, skip: tuple[str, ...]) -> None:
+    """Raises ValueError if `skip` leaves no Linear: such a method must not reach a table."""
+    if not any(named_linears(model, skip)):
+        raise ValueError(f"no Linear layer to compress outside skip={skip}")
 
 
 def named_finite(name: str, layer: nn.Linear) -> Tensor:

@@ -157,6 +157,7 @@ def _coerce(where: str, value: Any, wanted: Any) -> Any:
             parts = (value,) if isinstance(value, str) else tuple(value)
             if all(isinstance(part, get_args(kind)[0]) for part in parts):
                 return parts
+            continue
         if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         if isinstance(origin, type) and type(value) is origin:

@@ -38,7 +38,8 @@ class Store:
             return
         handle, path = tempfile.mkstemp(dir=self.folder)
         try:
-            os.posix_fallocate(handle, 0, size)  # a full disk is an error now, not a crash later
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(handle, 0, size)  # a full disk: an error now, no crash later
             mapped = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         finally:
             os.close(handle)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from compress import calibrate
 from compress.base import Compressor, Progress, silent
 from compress.calibrate import Group, matmul_nt
-from compress.layers import SKIP, cast_parameters, named_finite
+from compress.layers import SKIP, cast_parameters, named_finite, refuse_no_effect
 from compress.quant_linear import DTYPES, QuantLinear, check_dtype
 from compress.quant_math import check_grid, fit_range, grouped, rounded, to_codes
 from compress.registry import register
@@ -73,6 +73,7 @@ class Awq(Compressor):
         """
         if calibration is None:
             raise ValueError("awq needs calibration: (samples, tokens) int64 token ids")
+        refuse_no_effect(model, self.skip)
         calibrate.run(model, calibration, self.solve_groups, "block", progress)
         return cast_parameters(model, DTYPES[self.dtype])
 

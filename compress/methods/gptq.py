@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from compress import calibrate
 from compress.base import Compressor, Progress, silent
 from compress.calibrate import Group
-from compress.layers import SKIP, cast_parameters, named_finite
+from compress.layers import SKIP, cast_parameters, named_finite, refuse_no_effect
 from compress.quant_linear import DTYPES, QuantLinear, check_dtype
 from compress.quant_math import check_grid, fit_range, grouped
 from compress.registry import register
@@ -75,6 +75,7 @@ class Gptq(Compressor):
         if calibration is None:
             raise ValueError("gptq needs calibration: (samples, tokens) int64 token ids")
         mode = "sequential" if self.true_sequential else "block"
+        refuse_no_effect(model, self.skip)
         calibrate.run(model, calibration, self.solve_groups, mode, progress)
         return cast_parameters(model, DTYPES[self.dtype])
 
