@@ -129,6 +129,15 @@ def test_settings_show_what_differs_from_the_default():
     assert board.settings_text(make("peer:gone", settings={"a": 1})["job"]) == "a=1"
 
 
+def test_only_the_plain_none_is_the_parent():
+    settings = {"dtype": "float32"}
+    parent = make(settings=settings)
+    half = make(perplexity=19.0, settings={"dtype": "bfloat16"})
+    assert not board.is_parent(half) and board.is_parent(parent)
+    text = board.to_markdown([half, parent, make("gptq", 21.0)])
+    assert "+5.00 %" in text and "-5.00 %" in text  # both against 20
+
+
 def test_best_first_failures_last_with_their_reason():
     records = [failed(), make("rtn", 30.0), make("gptq", 21.0), make()]
     assert [row["method"] for row in board.rows(records)] == ["none", "gptq", "rtn", "awq"]

@@ -131,6 +131,15 @@ def test_a_runner_that_gives_nan_or_infinity_is_refused(wrong):
         perplexity(subject(Scorer(score), random_ids(2, 10)), quiet)
 
 
+def test_a_runner_that_skips_positions_is_refused():
+    class Skipper(Scorer):
+        def logit_chunks(self, ids, chunk_tokens):
+            yield from list(super().logit_chunks(ids, chunk_tokens))[:-1]
+
+    with pytest.raises(FloatingPointError):
+        perplexity(subject(Skipper(uniform), random_ids(2, 100)), quiet)
+
+
 def test_an_impossible_token_is_refused():
     def score(following):
         logits = uniform(following)
@@ -336,6 +345,13 @@ def test_an_order_of_columns_is_paid_for_and_is_no_weight(sized):
     order_bits = 8 * 4 * 160
     assert values["bits_per_quantized_weight"] == pytest.approx(4.5 + order_bits / LLAMA_LINEAR)
     assert sum(values["left_alone"].values()) == 2 * 257 * 64 + LLAMA_NORM
+
+
+def test_a_quantized_copy_of_a_tied_head_means_no_new_weights(sized):
+    plain, _, _ = sized("none", "tiny_gpt2")
+    values, _, _ = sized("rtn(group_size=32,skip=[])", "tiny_gpt2")
+    assert values["weights"] == plain["weights"]
+    assert values["quantized_weights"] == 2 * 12 * 64**2 + 257 * 64  # two blocks and the head
 
 
 def test_what_was_left_alone_by_role(sized):

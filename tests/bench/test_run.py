@@ -119,6 +119,16 @@ def test_calibration_on_the_evaluation_text_is_refused(tmp_path, monkeypatch):
         go(request, tmp_path / "results")
 
 
+def test_data_that_change_during_a_run_fail_the_job(tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text("\n\n".join(f"Paragraph {number}." for number in range(100)))
+    request = replace(FAST, data=str(text), metrics="perplexity")
+    tasks = run.plan(request)
+    text.write_text(text.read_text().replace("Paragraph", "Chapter"))
+    record, _ = next(run.run(tasks, tmp_path / "results", quiet))
+    assert record["status"] == "failed" and "changed during the run" in record["error"]
+
+
 def test_one_failure_does_not_stop_the_others_and_is_tried_again(planted, tmp_path, monkeypatch):
     results = tmp_path / "results"
     request = replace(FAST, methods=planted(fault="raise") + ",cast")
