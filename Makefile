@@ -4,26 +4,28 @@ BIN := .venv/bin
 READY := .venv/.ready
 ARGS ?=
 
-.PHONY: run test check setup smoke
+.PHONY: run test check lint setup smoke
 
 run: $(READY)  ## the main job: compress smollm2-135m by several methods and print the table
-	@echo "Compressing and measuring smollm2-135m on the embedded sample text: about 5 minutes on"
+	@echo "Compressing and measuring smollm2-135m on the embedded sample text: about 6 minutes on"
 	@echo "2 cores the first time (and 93 MB to fetch if no model hub answers); seconds after that."
 	$(BIN)/python -m bench run --methods none,rtn,gptq,awq $(ARGS)
 
 test: $(READY)  ## all tests; the model of 93 MB is fetched once
-	@echo "Running the tests: about 5 minutes on 2 cores."
+	@echo "Running the tests: about 2 minutes on 2 cores."
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(READY)  ## style, types and the fast tests
+lint: $(READY)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint  ## style, types and the fast tests
 	$(BIN)/python -m pytest -q -x tests/compress tests/test_architecture.py
 
 # The product on toy models: every method on GPT-2 and Llama, compressed, saved, loaded, measured.
 SMOKE := none,cast,int8_sym,int8_asym,dynamic,rtn,gptq,awq,gptq(bits=3),awq(bits=3),rtn(bits=3)
-smoke: $(READY)  ## the whole matrix on two tiny random models, about 1 minute
+smoke: $(READY)  ## the whole matrix on two tiny random models, about 90 seconds
 	for model in tiny-gpt2 tiny-llama; do \
 	  $(BIN)/python -m bench run --model $$model --methods '$(SMOKE)' --results build/smoke || exit 1; \
 	done

@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+PARENT = "none"  # the method that every other is compared with
 MEASURE_ONLY = ("data", "data_sha", "protocol", "metrics")  # cannot change the artefact
 VERSIONS = ("code", "environment")  # change when the software does, not when the question does
 

@@ -26,8 +26,8 @@ from bench.box import new_box
 from bench.job import Job
 from bench.machine import commit, machine, packages
 from bench.paths import cache_dir
+from bench.source_hash import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PRELOAD = [
     "bench.worker",
     "transformers.models.gpt2.modeling_gpt2",

@@ -14,7 +14,7 @@ from datetime import datetime
 from itertools import groupby
 from typing import Any
 
-from bench.job import Job, question
+from bench.job import PARENT, Job, question
 from bench.stats import RESAMPLES, paired_delta
 from compress import registry
 from results.store import Record
@@ -27,7 +27,6 @@ COLUMNS = (
     *("model", "method", "settings", "data", "protocol", "status"),
     *(*MEASURED, "key", "error"),
 )
-PARENT = "none"
 TEXTS = ("method", "settings", "key", "status")  # columns that are not figures
 Group = list[Record]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench import data, models
 from bench.errors import UsageError
-from bench.job import Job
+from bench.job import PARENT, Job
 from bench.launch import ROOT, Report, Task, launch, start_server
 from bench.machine import cores, machine, packages
 from bench.metrics import METRICS
@@ -23,7 +23,6 @@ from compress.checkpoint import read_json
 from results import store
 
 METHOD_PACKAGES = ("compress.methods",)
-PARENT = "none"  # every model is compared with its uncompressed self
 KERNEL_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")  # can change a number
 PROMPT_TOKENS, NEW_TOKENS = 512, 64  # what latency is measured with
 
