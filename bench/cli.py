@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import traceback
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +46,12 @@ python -m bench run --model tiny-llama --data my.txt --window 256 --limit 8 --th
 
 @app.command(epilog=RUN_EXAMPLES)
 def run(
-    model: Annotated[str, typer.Option(help="Alias, hub id, folder or GGUF file.")] = MODEL,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "--models", help="Alias, hub id, folder or GGUF file; several with commas."
+        ),
+    ] = MODEL,
     methods: Annotated[
         str, typer.Option(help="name or name(setting=value,...), parted by commas; see `list`.")
     ] = "gptq,awq",
@@ -58,7 +63,14 @@ def run(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 64,
     length: Annotated[int, typer.Option(min=1, help="Tokens in a calibration sample.")] = 512,
-    window: Annotated[int, typer.Option(min=2, help="Tokens in an evaluation window.")] = 1024,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens in an evaluation window.",
+            show_default="1024, or what the model reads",
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first N windows.", show_default="all")
     ] = None,
@@ -88,7 +100,6 @@ def run(
     from bench.leaderboard import groups, row, table
 
     request = bench_run.Request(
-        model=model,
         data=data,
         methods=methods,
         overrides=tuple(overrides or ()),
@@ -102,18 +113,27 @@ def run(
         threads=threads,
         timeout_s=timeout_s,
     )
-    tasks = bench_run.plan(request)
+    names = [name.strip() for name in model.split(",") if name.strip()]
+    if not names:
+        raise UsageError("--model names no model; see: python -m bench list")
+    plans = [bench_run.plan(replace(request, model=name)) for name in names]
     done: list[store.Record] = []
     try:
         with watching() as (watch, say):
-            for record, was_cached in bench_run.run(tasks, results, watch):
-                done.append(record)
-                say(line_of(row(record), was_cached))
+            for tasks in plans:
+                if len(plans) > 1:
+                    say(tasks[0].job.model)
+                for record, was_cached in bench_run.run(tasks, results, watch):
+                    done.append(record)
+                    say(line_of(row(record), was_cached))
     except KeyboardInterrupt:
         write_leaderboard(results)
-        err.print(f"stopped; {len(done)} of {len(tasks)} jobs are finished: run again to go on")
+        total = sum(map(len, plans))
+        err.print(f"stopped; {len(done)} of {total} jobs are finished: run again to go on")
         raise typer.Exit(130) from None
     for group in groups(done):
+        if len(plans) > 1:
+            out.print(f"\n{group[0]['job']['model']}", markup=False, end="")
         draw(table(group))
     write_leaderboard(results)
     if any(record["status"] != "ok" for record in done):
@@ -136,8 +156,8 @@ def list_all(debug: Debug = False) -> None:
         out.print(f"  {name}: {first_line(type(method))}", markup=False)
         out.print(f"      {', '.join(values) or 'no settings'}", markup=False)
     out.print("\nModels (or a hub id, a folder, a GGUF file)")
-    for alias, hub_id in models.ALIASES.items():
-        out.print(f"  {alias}: {hub_id or 'random weights, made here'}", markup=False)
+    for alias in models.ALIASES:
+        out.print(f"  {alias}: {models.about(alias)}", markup=False)
     out.print("\nData (or a .txt, .jsonl, .jsonl.gz file)")
     for name, about in data.names().items():
         out.print(f"  {name}: {about}", markup=False)

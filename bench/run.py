@@ -25,20 +25,21 @@ from results import store
 METHOD_PACKAGES = ("compress.methods",)
 KERNEL_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")  # can change a number
 PROMPT_TOKENS, NEW_TOKENS = 512, 64  # what latency is measured with
+WINDOW = 1024  # tokens
 
 
 @dataclass(frozen=True)
 class Request:
     """What the command line says, before anything is looked up."""
 
-    model: str
+    model: str = "smollm2-135m"
     data: str = "sample"
     methods: str = "gptq,awq"
     overrides: tuple[str, ...] = ()  # "gptq.bits=3"
     calibration: str | None = None  # data; None: the same as `data`
     samples: int = 64
     length: int = 512
-    window: int = 1024
+    window: int | None = None  # None: WINDOW, or less if the model reads less
     limit: int | None = None  # windows; None: all
     metrics: str | None = None  # comma separated; None: all
     seed: int = 0
@@ -185,18 +186,19 @@ def protocol_for(model: models.Model, request: Request) -> dict[str, Any]:
     """How to measure, within the model's context length. Raises UsageError beyond it."""
     config = read_json(model.folder / "config.json")
     context = config.get("max_position_embeddings") or config.get("n_positions") or sys.maxsize
-    for option, value in (("--window", request.window), ("--length", request.length)):
+    window = request.window or min(WINDOW, context)
+    for option, value in (("--window", window), ("--length", request.length)):
         if value > context:
             raise UsageError(f"{option} {value}: {model.alias} reads at most {context} tokens")
-    read = request.window * request.limit if request.limit else sys.maxsize
+    read = window * request.limit if request.limit else sys.maxsize
     prompt = min(PROMPT_TOKENS, context - NEW_TOKENS, read)
     if prompt < 1:
         raise UsageError(
             f"{model.alias} reads {context} tokens: too few for latency; see --metrics"
         )
     return {
-        "window": request.window,
-        "stride": request.window,
+        "window": window,
+        "stride": window,
         "bos": False,
         "limit": request.limit,
         "prompt_tokens": prompt,

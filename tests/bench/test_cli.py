@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,21 @@ def test_run_show_and_leaderboard(bench, planted, tmp_path):
     assert code == 0 and [row["status"] for row in rows] == ["ok", "ok", "failed"]
     code, out, _ = bench("leaderboard", "--results", results)
     assert out == (results / "LEADERBOARD.md").read_text() and "| planted |" in out
+
+
+def test_several_models_stand_in_one_leaderboard(bench, tiny_gpt2, tmp_path):
+    """A run of finetune leaves its model in RUN/model: it is called RUN, not "model"."""
+    shutil.copytree(tiny_gpt2, tmp_path / "adapted" / "model")
+    results = tmp_path / "results"
+    names = f"tiny-gpt2, {tmp_path}/adapted/model"
+    code, out, _ = bench(
+        *("run", "--models", names, *FAST[2:], "--methods", "cast", "--results", results)
+    )
+    assert code == 0 and out.index("tiny-gpt2") < out.index("adapted")
+    board = (results / "LEADERBOARD.md").read_text()
+    assert board.count("\n## ") == 2 and "## adapted on sample" in board
+    code, _, err = bench("run", "--models", " , ", "--results", results)
+    assert code == 2 and "names no model" in err
 
 
 def test_ctrl_c_keeps_what_is_finished_and_ends_the_worker(bench, planted, tmp_path):

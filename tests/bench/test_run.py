@@ -1,5 +1,7 @@
 """plan: what is refused before any process starts. run: what is done, cached, retried."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -51,6 +53,18 @@ def test_a_job_says_everything_that_counts():
     assert job.environment.startswith("torch-2.")
     assert len(job.code["compress"]) == len(job.code["measure"]) == 12
     assert run.plan(FAST)[0].job.calibration is None
+
+
+def test_the_window_is_what_the_model_reads_but_not_more_than_1024(tiny_gpt2, tmp_path):
+    short = tmp_path / "short"
+    shutil.copytree(tiny_gpt2, short)
+    config = json.loads((short / "config.json").read_text()) | {"n_positions": 640}
+    (short / "config.json").write_text(json.dumps(config))
+    windows = []
+    for model in ("tiny-llama", str(short)):  # which reads 2048 tokens
+        request = replace(FAST, model=model, window=None, length=8)
+        windows.append(run.plan(request)[0].job.protocol["window"])
+    assert windows == [1024, 640]
 
 
 def test_methods_in_different_files_have_different_code():

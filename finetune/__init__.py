@@ -1,0 +1,1 @@
+"""Models made for compression: prepare, pretrain, train, merge, generate, evaluate."""

@@ -1,0 +1,64 @@
+"""`python -m finetune`: prepare, pretrain, train, merge, generate, speculate, evaluate.
+
+Exit codes: 0 fine; 1 something found is unusable; 2 the command line names or sets something
+that cannot be; 130 stopped by Ctrl-C after saving a checkpoint. Errors are one line; `--debug`
+adds the traceback.
+"""
+
+import sys
+import traceback
+
+import typer
+
+from bench.cli import is_usage
+from bench.errors import one_line
+from bench.terminal import err
+from finetune import evaluate, generate, merge, prepare, pretrain, speculative_bench, train
+from finetune.options import add_command
+
+app = typer.Typer(
+    help="Make a language model worth compressing: from raw text, or from another model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+PRETRAIN_EXAMPLES = """
+[bold]Examples[/bold]
+
+python -m finetune pretrain --text my-texts/ --vocabulary 4096 --layers 5 --width 256 --heads 4
+
+python -m finetune pretrain --config big.json --data prepared --out runs/big
+
+torchrun --standalone --nproc_per_node 2 -m finetune pretrain --strategy fsdp --data prepared
+"""
+TRAIN_EXAMPLES = """
+[bold]Examples[/bold]
+
+python -m finetune train --model smollm2-135m --task mrpc --out runs/mrpc
+
+python -m finetune train --model gpt2 --task e2e --method lora --rank 8 --learning-rate 5e-4
+"""
+
+add_command(app, "prepare", prepare.Settings, prepare.run)
+add_command(app, "pretrain", pretrain.Settings, pretrain.run, PRETRAIN_EXAMPLES)
+add_command(app, "train", train.Settings, train.run, TRAIN_EXAMPLES)
+add_command(app, "merge", merge.Settings, merge.run)
+add_command(app, "generate", generate.Settings, generate.run)
+add_command(
+    app, "speculate", speculative_bench.SpeculativeSettings, speculative_bench.run_speculative
+)
+add_command(app, "evaluate", evaluate.Settings, evaluate.run)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; ends the process with the exit code said above."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(arguments, prog_name="python -m finetune")
+    except Exception as error:  # whatever its type, a person gets one line
+        if "--debug" in arguments:
+            traceback.print_exc()
+        err.print(f"error: {one_line(error)}", markup=False)
+        sys.exit(2 if is_usage(error) else 1)

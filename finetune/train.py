@@ -1,0 +1,219 @@
+"""Fine-tune a model on a task, all of its weights or LoRA's, and write it as a plain folder."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench import models
+from bench.errors import UsageError
+from bench.terminal import err
+from compress.checkpoint import layer_specs
+from compress.quant_linear import DTYPES
+from finetune import lora, runs
+from finetune.batches import Batch, Batches, Windows, evaluation_windows
+from finetune.loop import LoopSettings, fit, prepare_process
+from finetune.mean_loss import mean_loss
+from finetune.options import setting
+from finetune.parallel import Place, placed, wait
+from finetune.tasks import Example, Task, checksum, get
+
+
+@dataclass(frozen=True)
+class Settings(LoopSettings):
+    """The model, the task and the method, besides the settings of the loop."""
+
+    model: str = setting("smollm2-135m", "Base model: alias, hub id or folder.")
+    task: str = setting("wikitext", "What to learn: wikitext, choice, qa, mrpc, e2e.")
+    method: str = setting(
+        "full", "Train all weights, or low-rank updates.", choices=("full", "lora")
+    )
+    rank: int = setting(8, "LoRA: rank of the updates.", least=1)
+    alpha: int = setting(16, "LoRA: updates are scaled by alpha / rank.", least=1)
+    lora_dropout: float = setting(0.0, "LoRA: dropout before the update.", least=0)
+    targets: tuple[str, ...] = setting(
+        (), "LoRA: layers, by the last part of their names; default: all in the blocks."
+    )
+    context: int = setting(
+        1024, "Most tokens of an example or window, within what the model reads.", least=2
+    )
+    evaluation_examples: int = setting(200, "Validation examples per evaluation.", least=1)
+    dtype: str = setting("float32", "Type of the finished weights.", choices=tuple(DTYPES))
+
+    learning_rate: float = setting(
+        5e-5, "Highest rate; LoRA wants about ten times as much.", least=0
+    )
+    batch: int = setting(32, "Examples (wikitext: windows) in a step.", least=1)
+    micro_batch: int = setting(16, "Examples in one forward pass.", least=1)
+    epochs: float = setting(3.0, "Passes over the data.", least=0)
+    weight_decay: float = setting(0.01, "Of matrices; vectors have none.", least=0)
+    warmup: float = setting(0.1, "Share of the steps in which the rate rises.", least=0)
+    beta2: float = setting(0.999, "Memory of AdamW's squared gradients.", least=0)
+
+
+def run(settings: Settings) -> Any:
+    """Fine-tune a model on a task; the same command again resumes a stopped run.
+
+    OUT/model is the finished model, LoRA merged; OUT/adapter keeps the LoRA weights.
+    """
+    from finetune.merge import export
+
+    with placed(settings.strategy) as place:
+        prepare_process(settings, place)
+        figures = _learn(settings, place)
+        if place.leads:
+            folder = export(settings.out)
+            summary = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            err.print(f"{summary}\n{folder}", markup=False)
+        wait(place)
+    return settings.out / "model"
+
+
+def _learn(settings: Settings, place: Place) -> dict[str, float]:
+    """Train to the last step; the last evaluation and the speed."""
+    runs.check(settings, "train")
+    task = get(settings.task)
+    base = models.resolve(settings.model)
+    model, tokenizer = build(settings)
+    context = min(settings.context, lora.inner(model).config.max_position_embeddings)
+    training, validation, fingerprint = _data(settings, task, tokenizer, context, place)
+    origin = {
+        "base": {"name": settings.model, "alias": base.alias, "revision": base.revision},
+        "data": {"train": training.fingerprint(), "validation": fingerprint},
+    }
+    runs.begin(settings, "train", origin, place)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if place.leads:
+        err.print(
+            f"{trained / 1e6:.2f}M parameters to train, {training.steps_per_epoch} steps an epoch",
+            markup=False,
+        )
+
+    def evaluate(runner: Any) -> dict[str, float]:
+        figures = mean_loss(runner, validation, place)
+        # Under fsdp the layers can only be called together: accuracy waits for `evaluate`.
+        if task.kind == "choice" and place.strategy != "fsdp":
+            held_out = task.examples("validation")[: settings.evaluation_examples]
+            figures["accuracy"] = accuracy(lora.inner(model), tokenizer, held_out)
+        return figures
+
+    return fit(lora.inner(model), training, evaluate, settings, place)
+
+
+def build(settings: Settings) -> tuple[Any, Any]:
+    """The model as it is before the first step (peft's under LoRA), and its tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    base = models.resolve(settings.model)
+    if layer_specs(base.folder):
+        raise UsageError(f"{settings.model} is compressed; name the model that it was made from")
+    tokenizer = models.tokenizer(base)
+    model = AutoModelForCausalLM.from_pretrained(
+        base.folder, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
+    )
+    torch.manual_seed(settings.seed)
+    new_tokens = add_tokens(model, tokenizer, get(settings.task))
+    if settings.method == "lora":
+        model = lora.inject(
+            model,
+            settings.rank,
+            settings.alpha,
+            settings.lora_dropout,
+            settings.targets,
+            new_tokens,
+        )
+    return model, tokenizer
+
+
+def add_tokens(model: Any, tokenizer: Any, task: Task) -> list[int]:
+    """Give tokenizer and model the special tokens of `task` that they lack; the ids of those.
+
+    A new token starts as the mean of all embeddings: near no word, and as long as any.
+    """
+    known = tokenizer.get_vocab()
+    new = [token for token in task.special_tokens if token not in known]
+    if task.padding_token:
+        tokenizer.pad_token = task.padding_token
+    if not new:
+        return []
+    tokenizer.add_tokens(new, special_tokens=True)
+    grow(model, len(tokenizer))
+    return tokenizer.convert_tokens_to_ids(new)
+
+
+def grow(model: Any, rows: int) -> None:
+    """Make embedding and head `rows` long if they are shorter."""
+    old = model.get_input_embeddings().weight.shape[0]
+    if rows <= old:
+        return
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight[old:] = layer.weight[:old].mean(0)  # one and the same where tied
+
+
+def accuracy(model: Any, tokenizer: Any, examples: list[Example]) -> float:
+    """Share of choices whose likeliest candidate (summed log-probability) is the right one."""
+    from finetune.scoring import score_candidates
+
+    right = 0
+    scores = score_candidates(model, tokenizer, examples)
+    for example, found in zip(examples, scores, strict=True):
+        right += example.candidates[found.index(max(found))] == example.target
+    return right / len(examples)
+
+
+def _data(
+    settings: Settings, task: Task, tokenizer: Any, context: int, place: Place
+) -> tuple[Batches, list[Batch], str]:
+    """Training batches and validation batches of the task, and the fingerprint of the latter."""
+    if task.kind == "language_model":
+        return _windows(settings, task, tokenizer, context, place)
+    from finetune.examples import ExampleBatches
+
+    most = settings.evaluation_examples
+    training = ExampleBatches(
+        task.examples("train"),
+        tokenizer,
+        max_tokens=context,
+        batch=settings.batch,
+        micro_batch=settings.micro_batch,
+        seed=settings.seed,
+    )
+    held_out = task.examples("validation")[:most]
+    validation = ExampleBatches(
+        held_out,
+        tokenizer,
+        max_tokens=context,
+        batch=len(held_out),
+        micro_batch=settings.micro_batch,
+        seed=0,
+    )
+    return training, validation.micro_batches(0, 0, 1), validation.fingerprint()
+
+
+def _windows(
+    settings: Settings, task: Task, tokenizer: Any, context: int, place: Place
+) -> tuple[Batches, list[Batch], str]:
+    """Running text: tokens in files below OUT/data, cut into windows."""
+    from finetune.token_file import TokenFile, TokenWriter, tokenizer_sha256
+
+    paths = {split: settings.out / "data" / f"{split}.tokens" for split in ("train", "validation")}
+    if place.leads:
+        for split, path in paths.items():
+            examples = task.examples(split)
+            about = {"tokenizer_sha256": tokenizer_sha256(tokenizer)}
+            sources = [{"name": f"{task.name} {split}", "sha256": checksum(examples)}]
+            with TokenWriter(path, len(tokenizer), sources=sources, **about) as writer:
+                for example in examples:
+                    encoded = tokenizer(example.target, add_special_tokens=False, verbose=False)
+                    writer.append(np.array(encoded["input_ids"]), documents=1)
+                writer.finish()
+    wait(place)
+    files = {split: TokenFile(path) for split, path in paths.items()}
+    training = Windows(files["train"], context, settings.batch, settings.micro_batch, settings.seed)
+    most = math.ceil(settings.evaluation_examples / 10)
+    held_out = evaluation_windows(files["validation"], context, most, settings.micro_batch)
+    return training, held_out, f"{files['validation'].sha256()[:16]}-{context}x{most}"
