@@ -54,6 +54,7 @@ def save(tokenizer: Any, folder: Path) -> None:
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     for private in ("backend", "is_local", "local_files_only"):
         settings.pop(private, None)
-    if isinstance(extra := settings.pop("extra_special_tokens", None), list):
+    extra = settings.pop("extra_special_tokens", None)
+    if isinstance(extra, list) and extra:
         settings["additional_special_tokens"] = extra  # the name that both versions know
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@ r"""Documents out of raw files: .txt, .raw, .json, .jsonl and MediaWiki .xml, al
 
 `raw_documents` reads a file as a stream and finds where documents begin and end; `clean` does the
 work on one of them and can run in another process; `documents` is both, with short documents and
-exact duplicates dropped. Memory: one document (at most 16 MiB), and for `documents` about 100
+exact duplicates dropped. Memory: one document (at most 16 MiB), and for `documents` about 70
 bytes for each document already seen. A .json file alone is read whole, and so refused above 1 GiB.
 
 - .txt, .raw: one document. What matches `split_on`, tried line by line, is taken out and parts
@@ -147,7 +147,7 @@ def raw_documents(
             elif form == "json":
                 found = _json(stream, path, cleaning.field)
             elif form:
-                found = texts(lines(stream, path), path, cleaning.split_on)
+                found = texts(lines(stream, path), path, cleaning.split_on, counts)
             else:
                 raise ValueError(f"{path}: cannot read this; give .txt, .json, .jsonl or .xml")
             for raw in found:

@@ -33,7 +33,7 @@ class Encoded(NamedTuple):
     """A batch after its way through a worker."""
 
     tokens: np.ndarray  # (tokens of all documents,)
-    index: np.ndarray  # (documents,) of INDEX
+    entries: np.ndarray  # (documents,) of INDEX
     dropped: Counter[str]
 
 

@@ -241,7 +241,10 @@ def _generation(
     )
     references = [example.references for example in examples]
     groups = [example.group for example in examples]
-    protocol: dict[str, Any] = {"decoding": asdict(decoding), "answer": "up to a line break"}
+    protocol: dict[str, Any] = {
+        "decoding": asdict(decoding),
+        "answer": "at least one token, up to a line break",
+    }
     if task.metric == "nlg":
         measures, scores, more = nlg_scores(answers, references, groups, settings.seed)
         protocol |= more

@@ -5,7 +5,7 @@ is held out for validation if a hash of its text and the seed falls below the sh
 does not depend on their order, on the other documents or on the tokenizer. Where so few documents
 are held out that they hold less than half of the share, the end of the longest one is added.
 
-Memory: 24 bytes of index and 36 more for each document (0.4 GB for the seven million articles of
+Memory: 24 bytes of index and 42 more for each document (0.5 GB for the seven million articles of
 English Wikipedia); tokens are copied in pieces.
 
 Source of the hash: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014,

@@ -86,6 +86,7 @@ def _config(sizes: Architecture) -> dict[str, Any]:
             "n_head": sizes.heads,
             "n_inner": sizes.inner,
             "n_positions": sizes.context,
+            "activation_function": "gelu_pytorch_tanh",  # GPT-2's own formula, in one kernel
             **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), sizes.dropout),
         }
     if sizes.family == "llama":

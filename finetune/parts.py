@@ -106,9 +106,9 @@ def make(
         with half.open("wb") as index, TokenWriter(path, encoder.vocabulary, *about) as writer:
             characters, dropped = 0, Counter[str]()
             for _, encoded in group:
-                writer.append(encoded.tokens, len(encoded.index))
-                index.write(encoded.index.tobytes())
-                characters += int(encoded.index["characters"].sum())
+                writer.append(encoded.tokens, len(encoded.entries))
+                index.write(encoded.entries.tobytes())
+                characters += int(encoded.entries["characters"].sum())
                 dropped.update(encoded.dropped)
             index.flush()
             os.fsync(index.fileno())

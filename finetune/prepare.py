@@ -6,9 +6,10 @@ trained on them (byte_bpe.py), and written to OUT/train.tokens and OUT/validatio
 finished input lies in OUT/parts and is not done again; what lies there may be deleted when all is
 done. The bytes do not depend on the number of workers.
 
-Memory does not grow with the length of the inputs: per worker three batches of a million
-characters and a tokenizer, about 0.2 GB (a document of 16 MiB, the longest allowed, takes 2 GB),
-and 60 bytes a document at the end. Disk: twice the tokens, at 2 or 4 bytes each.
+Memory does not grow with the length of the inputs. As measured: 0.4 GB, 0.1 GB more for each
+worker (2 GB while it has a document of 16 MiB, the longest allowed), and 70 bytes for each
+document at the end. Disk: all tokens twice, at 2 or 4 bytes each, until OUT/parts is deleted.
+A core works through 1.3 MB of a dump's XML or 2 MB of plain text in a second.
 """
 
 import fcntl

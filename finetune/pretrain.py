@@ -9,6 +9,7 @@ from bench.errors import UsageError
 from bench.terminal import err
 from compress.quant_linear import DTYPES
 from finetune import runs
+from finetune.attention import attend
 from finetune.batches import Windows, evaluation_windows
 from finetune.loop import LoopSettings, fit, prepare_process
 from finetune.mean_loss import mean_loss
@@ -74,6 +75,7 @@ def run(settings: Settings) -> Path:
             }
         runs.begin(settings, "pretrain", origin, place)
         model, _ = build(settings)
+        attend(model, settings.attention, settings.context, place)
         positions = model.config.max_position_embeddings
         if settings.context > positions:
             raise UsageError(f"--context {settings.context}: this model has {positions} positions")

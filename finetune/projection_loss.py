@@ -21,7 +21,7 @@ PIECE = 1 << 22  # logits at a time: 16 MB in float32
 
 
 def projection_loss(hidden: Tensor, head: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy (float32 scalar) and how many targets were the likeliest token.
+    """Summed cross-entropy (float32 scalar) and how many targets had no likelier token.
 
     hidden: (n, width). head: the module that maps width to vocabulary; a plain nn.Linear takes the
     fast way, anything else (LoRA on the head) recomputes each piece of logits in the backward
@@ -44,7 +44,7 @@ def projection_loss(hidden: Tensor, head: Any, targets: Tensor) -> tuple[Tensor,
 def _piece_loss(head: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logits = head(hidden)
     loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-    return loss, (logits.argmax(-1) == targets).sum()
+    return loss, (logits.gather(1, targets[:, None]) == logits.amax(-1, keepdim=True)).sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -69,10 +69,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 piece = hidden[start : start + rows].to(dtype)
                 wanted = targets[start : start + rows, None]
                 logits = piece @ matrix.T  # (rows, vocabulary)
-                correct += (logits.argmax(-1, keepdim=True) == wanted).sum()
                 logits = logits.float()
                 highest = logits.amax(-1, keepdim=True)
                 chosen = logits.gather(1, wanted)
+                correct += (chosen == highest).sum()  # argmax costs ten times as much
                 grad = logits.sub_(highest).exp_()  # softmax before it is divided by its sum
                 total = grad.sum(-1, keepdim=True)
                 loss += (total.log() + highest - chosen).sum()

@@ -7,6 +7,7 @@ the first line: WikiExtractor's `<doc ...>` ... `</doc>`, and WikiText with ` = 
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -17,9 +18,9 @@ GUTENBERG_HEADER = 1 << 16  # characters among which its end is looked for
 START = re.compile(
     r"\s*(?:\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG|\*END\*\s*THE SMALL PRINT)", re.I
 )
-END = re.compile(
-    r"\s*(?:\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG|End of (?:the )?Project Gutenberg)", re.I
-)
+END = re.compile(r"\s*\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG", re.I)
+LAST_LINE = re.compile(r"\s*End of (?:the )?Project Gutenberg", re.I)  # nothing may follow it
+OUTSIDE = "lines of Project Gutenberg's own"
 EXTRACTED = re.compile(r"<doc id=.*>\s*")
 ARTICLE = re.compile(r" = [^=\s](?:.*[^=\s])? = \s*")
 
@@ -49,10 +50,11 @@ def lines(stream: BinaryIO, path: Path) -> Lines:
         yield number, text
 
 
-def texts(numbered: Lines, path: Path, split_on: str) -> Iterator[Text]:
+def texts(numbered: Lines, path: Path, split_on: str, counts: Counter[str]) -> Iterator[Text]:
     """Documents of a text file; its first line with anything on it tells the form.
 
-    split_on: pattern for the borders between documents of plain text; "" for none.
+    split_on: pattern for the borders between documents of plain text; "" for none. counts: the
+    lines outside of Project Gutenberg's markers are added to it.
     """
     opening: list[tuple[int, str]] = []
     for entry in numbered:
@@ -66,7 +68,7 @@ def texts(numbered: Lines, path: Path, split_on: str) -> Iterator[Text]:
     if ARTICLE.fullmatch(first):
         return _parted(numbered, path, re.compile(rf"^(?={ARTICLE.pattern}$)"), "as is")
     border = re.compile(split_on) if split_on else None
-    return _parted(_without_gutenberg(numbered), path, border, "plain")
+    return _parted(_without_gutenberg(numbered, counts), path, border, "plain")
 
 
 def _parted(
@@ -94,8 +96,12 @@ def _parted(
         yield Text(whole, form)
 
 
-def _without_gutenberg(numbered: Lines) -> Lines:
-    """The lines of the books alone; all lines where no marker of Project Gutenberg stands."""
+def _without_gutenberg(numbered: Lines, counts: Counter[str]) -> Lines:
+    """The lines of the books alone; all lines where no marker of Project Gutenberg stands.
+
+    A last line ends a book that had a start. In one whose header was cut off by others it goes
+    alone, for texts that were put behind each other may follow.
+    """
     head: list[tuple[int, str]] = []
     size = 0
     for entry in numbered:
@@ -105,17 +111,24 @@ def _without_gutenberg(numbered: Lines) -> Lines:
             break
     first_book = itertools.takewhile(lambda entry: not END.match(entry[1]), head)
     starts = [place for place, (_, line) in enumerate(first_book) if START.match(line)]
-    inside = not starts
+    inside, started = not starts, False
     wrapped = False  # the title in the marker goes on in the next line
-    for number, line in itertools.chain(head[starts[-1] :] if starts else head, numbered):
+    if starts:
+        counts[OUTSIDE] += starts[-1]
+        del head[: starts[-1]]
+    for number, line in itertools.chain(head, numbered):
         if START.match(line):
-            inside, wrapped = True, not line.rstrip().endswith("*")
-        elif END.match(line):
-            inside = False
+            inside = started = True
+            wrapped = not line.rstrip().endswith("*")
+        elif END.match(line) or LAST_LINE.match(line):
+            inside = inside and not started and LAST_LINE.match(line) is not None
+            started = False
         elif wrapped:
             wrapped = bool(line.strip()) and not line.rstrip().endswith("*")
         elif inside:
             yield number, line
+        else:
+            counts[OUTSIDE] += 1
 
 
 def _extracted(numbered: Lines, path: Path) -> Iterator[Text]:

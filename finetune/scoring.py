@@ -152,8 +152,9 @@ def generate_answers(
 ) -> list[str]:
     """The model's answer to each prompt: the likeliest token each time, or by beam search.
 
-    An answer ends at the end-of-text token or the first line break. Prompts of like length share
-    a batch, padded on the left. Raises ValueError if the context has no room for an answer.
+    An answer has at least one token (chat models end at once after a bare question) and ends at
+    the end-of-text token or the first line break. Prompts of like length share a batch, padded on
+    the left. Raises ValueError if the context has no room for an answer.
     """
     room = model.config.max_position_embeddings - max_new_tokens
     if room < 1:
@@ -176,6 +177,7 @@ def generate_answers(
         made = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
+            min_new_tokens=1,
             max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=padding_id(tokenizer),

@@ -31,7 +31,7 @@ PAGE = 4096
 MAX_HEADER = 64 << 20  # a header with the names of half a million sources
 SLACK = 1024  # room in the header for what is known at the end only
 CHUNK = 1 << 20  # ids checked, hashed and written at once
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

@@ -13,6 +13,7 @@ from bench.terminal import err
 from compress.checkpoint import layer_specs
 from compress.quant_linear import DTYPES
 from finetune import lora, runs
+from finetune.attention import attend
 from finetune.batches import Batch, Batches, Windows, evaluation_windows
 from finetune.loop import LoopSettings, fit, prepare_process
 from finetune.mean_loss import mean_loss
@@ -78,6 +79,7 @@ def _learn(settings: Settings, place: Place) -> dict[str, float]:
     base = models.resolve(settings.model)
     model, tokenizer = build(settings)
     context = min(settings.context, lora.inner(model).config.max_position_embeddings)
+    attend(lora.inner(model), settings.attention, context, place)
     training, validation, fingerprint = _data(settings, task, tokenizer, context, place)
     origin = {
         "base": {"name": settings.model, "alias": base.alias, "revision": base.revision},

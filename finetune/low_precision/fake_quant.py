@@ -12,7 +12,7 @@ identity, so that optimizers, DDP, FSDP2, peft and checkpoints see the model tha
 Rounding has a gradient of 0 almost everywhere; the straight-through estimator takes it as 1.
 A saturated activation passes no gradient on: moving it a little would change nothing. A saturated
 weight passes it: scales follow their values, so it lies within a factor of two of the range, and
-without a gradient it could never come back.
+without a gradient it could never come back. (Only power-of-two scales and posits saturate.)
 
 With `weights="method:rtn(bits=4)"` the weight is rounded by that compression method itself: train,
 `remove`, then `compress.apply("rtn", model, bits=4)` loses nothing more. This holds while the
@@ -204,9 +204,9 @@ def _read_weights(text: str | None, skip: tuple[str, ...]) -> Quantizer | Method
     if text is None or not text.strip().startswith(PREFIX):
         return None if text is None else _read("weights", text)
     method = MethodQuantizer.parse(text)
-    own = getattr(method.compressor, "skip", skip)
-    if set(own) != set(skip):
-        raise ValueError(f"{text} skips {list(own)} but training skips {list(skip)}; make one both")
+    if set(method.skip) != set(skip):
+        own, ours = list(method.skip), list(skip)
+        raise ValueError(f"{text} skips {own} but training skips {ours}; make both the same")
     return method
 
 

@@ -6,27 +6,28 @@ what `compress.apply` with the same settings writes after it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import compress
-from compress.base import Compressor
 
 PREFIX = "method:"
 
 
 @dataclass(frozen=True)
 class MethodQuantizer:
-    """method: as a person writes it. compressor: the registered value with its settings.
+    """method: as a person writes it. rebuild: (out, in) -> the weight that the method stores.
 
     The scales have the type of the method's setting `dtype` (bfloat16 unless it is given), as in
-    the artefact.
+    the artefact. skip: the layers that the method leaves alone.
     """
 
     method: str
-    compressor: Compressor
+    skip: tuple[str, ...]
+    rebuild: Callable[[Tensor], Tensor] = field(compare=False, repr=False)
 
     @classmethod
     def parse(cls, text: str) -> "MethodQuantizer":
@@ -36,14 +37,23 @@ class MethodQuantizer:
         one weight on its own (it needs calibration data, or changes the type only).
         """
         name, settings = compress.parse(text.strip().removeprefix(PREFIX))
-        compressor = compress.get(name, **settings)
-        if data_free(compressor) is None:
-            known = ", ".join(n for n in compress.names() if data_free(compress.get(n)) is not None)
+        method: Any = compress.get(name, **settings)
+        if not hasattr(method, "quantize"):
+            known = ", ".join(n for n in compress.names() if hasattr(compress.get(n), "quantize"))
             raise ValueError(
                 f"method {name!r} does not quantize a weight without data, which training does at "
                 f"every step; methods that do: {known}"
             )
-        return cls(compress.describe(name, settings), compressor)
+
+        # Not compiled: the compiler keeps in float32 the scales that a method rounds to bfloat16.
+        @torch.compiler.disable
+        def rebuild(weight: Tensor) -> Tensor:
+            rebuilt = method.quantize(weight.detach().float(), None).weight
+            if callable(rebuilt):  # from codes; a layer of another type holds it as a tensor
+                return rebuilt(weight.dtype)
+            return rebuilt.to(weight.dtype)
+
+        return cls(compress.describe(name, settings), tuple(getattr(method, "skip", ())), rebuild)
 
     def __str__(self) -> str:
         """The text that `parse` reads back."""
@@ -54,18 +64,8 @@ class MethodQuantizer:
 
         Raises ValueError if a weight is not finite.
         """
-        quantize = data_free(self.compressor)
-        assert quantize is not None  # parse has seen to it
-        rebuilt = quantize(weight.detach().float(), None).weight
-        if callable(rebuilt):  # codes; a layer that only stores another type has it as a tensor
-            return rebuilt(weight.dtype)
-        return rebuilt.to(weight.dtype)
+        return self.rebuild(weight)
 
     def quantize(self, values: Tensor, mark: bool = False) -> tuple[Tensor, Tensor | None]:
         """See Quantizer.quantize; what a method cuts off is not marked."""
         return self(values), None
-
-
-def data_free(compressor: Compressor) -> Callable[[Tensor, Tensor | None], Any] | None:
-    """The method's `quantize(weight, bias)`, if it has one."""
-    return getattr(compressor, "quantize", None)

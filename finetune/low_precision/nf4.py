@@ -4,7 +4,6 @@ Source: T. Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 202
 https://arxiv.org/abs/2305.14314
 """
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,7 +36,7 @@ class NormalFloat4:
         A look-up of the cell tells how many borders lie below it and which one may lie in it: one
         comparison with that one decides. Ten times faster than a binary search of the borders.
         """
-        levels, below, border = _tables(values.device)
+        levels, below, border = (part.to(values.device) for part in TABLES)
         flat = values.flatten()
         cell = cell_of(flat)
         index = below.index_select(0, cell).add_(flat > border.index_select(0, cell))
@@ -54,8 +53,7 @@ def cell_of(values: Tensor) -> Tensor:
     return values.add(1).mul_(CELLS).clamp_(0, 2 * CELLS).nan_to_num_().to(torch.int32)
 
 
-@functools.cache
-def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _tables() -> tuple[Tensor, Tensor, Tensor]:
     """The values, and for each cell the number of borders in the cells below, and its border."""
     values = np.array(VALUES, dtype=np.float32)
     ties = (values[:-1].astype(np.float64) + values[1:]) / 2  # exact
@@ -67,5 +65,7 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     below = np.searchsorted(cells, np.arange(2 * CELLS + 1)).astype(np.int32)
     border = np.full(2 * CELLS + 1, np.inf, dtype=np.float32)
     border[cells] = borders
-    parts = (torch.from_numpy(array).to(device) for array in (values, below, border))
-    return next(parts), next(parts), next(parts)
+    return torch.from_numpy(values), torch.from_numpy(below), torch.from_numpy(border)
+
+
+TABLES = _tables()

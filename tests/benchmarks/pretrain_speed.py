@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from finetune.attention import attend
 from finetune.batches import Windows
 from finetune.loop import LoopSettings, fit, prepare_process
 from finetune.new_model import Architecture, make
@@ -63,6 +64,7 @@ def ours(file: TokenFile, sizes: Architecture, vocabulary: int, rows: int, micro
         )  # fmt: skip
         prepare_process(settings, place)
         model = make(sizes, vocabulary, 0)
+        attend(model, settings.attention, sizes.context, place)
         data = Windows(file, sizes.context, rows, micro, seed=0)
         figures = fit(model, data, lambda runner: {}, settings, place)
     tokens = (steps + 2) * rows * sizes.context

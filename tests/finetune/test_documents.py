@@ -70,6 +70,10 @@ def test_gutenberg_leaves_the_book(tmp_path):
     )
     assert read(tmp_path / "a.txt", text + old) == [f"{book}\n\nby\nJane"]
     assert read(tmp_path / "a.txt", old) == ["by\nJane"]
+    cut = "one\n\nEnd of the Project Gutenberg Etext\n\ntwo\n\n*** END OF THE PROJECT GUTENBERG\nno"
+    assert read(tmp_path / "a.txt", cut) == ["one\n\ntwo"], "headers gone, books put together"
+    counts: Counter[str] = Counter()
+    assert list(documents(tmp_path / "a.txt", ALL, counts)) and counts.total() == 1
     quoted = "He found the words START OF THE PROJECT GUTENBERG EBOOK odd."
     assert read(tmp_path / "a.txt", quoted) == [quoted]
 

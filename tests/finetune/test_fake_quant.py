@@ -212,7 +212,7 @@ def test_a_layer_that_fsdp2_holds_by_itself_is_not_taken_apart(one_process):
         (dict(weights="method:gptq"), "'gptq' does not quantize a weight without data.*int8_sym"),
         (dict(weights="method:cast"), "'cast' does not quantize a weight without data"),
         (dict(weights="method:rtm"), "no method 'rtm'; did you mean rtn"),
-        (dict(weights="method:rtn", skip=("lm_head", "0")), "skips .*make one both"),
+        (dict(weights="method:rtn", skip=("lm_head", "0")), "skips .*make both the same"),
         (dict(weights="nf4", skip=("0", "2")), "no linear layer to fake-quantize outside skip"),
     ],
     ids=str,

@@ -184,11 +184,16 @@ def test_nf4_values_are_the_quantiles_that_qlora_defines():
     np.testing.assert_allclose(formats.get("nf4").values(), expected, atol=2e-6)
 
 
-def test_nf4_rounds_to_the_nearest():
+def test_nf4_rounds_to_the_nearest_and_ties_to_the_even_code():
     values = formats.get("nf4").values().double()
-    numbers = torch.linspace(-1.2, 1.2, 20_001)
-    nearest = (numbers.double()[:, None] - values).abs().argmin(1)
-    assert torch.equal(formats.get("nf4").round(numbers).double(), values[nearest])
+    middles = ((values[1:] + values[:-1]) / 2).float()
+    beside = [torch.nextafter(middles, torch.tensor(float(end))) for end in (-2, 2)]
+    numbers = torch.cat([torch.linspace(-1.2, 1.2, 20_001), middles, *beside])
+    distance = (numbers.double()[:, None] - values).abs()  # exact
+    distance += torch.tensor([0, 1e-30] * 8)  # of two at the same distance the even one
+    is_tie = (middles.double() * 2 == values[1:] + values[:-1]).sum()
+    assert is_tie > 0
+    assert torch.equal(formats.get("nf4").round(numbers).double(), values[distance.argmin(1)])
 
 
 def test_a_table_made_in_evaluation_serves_training():

@@ -14,6 +14,7 @@ from compress import checkpoint
 from finetune import speculative_bench
 from finetune.speculative import (
     Reader,
+    Result,
     acceptance,
     expected_speed_up,
     expected_tokens,
@@ -244,8 +245,9 @@ def test_bench_keeps_all_samples_and_finds_the_texts_identical(tmp_path, capsys,
 def test_bench_says_where_texts_part(monkeypatch, capsys, own_cache):
     def wrong(parent, draft, ids, *settings):
         result = speculate(parent, draft, ids, *settings)
-        result.tokens[0, -1] = (result.tokens[0, -1] + 1) % 257
-        return result
+        tokens = result.tokens.clone()
+        tokens[0, -1] = (tokens[0, -1] + 1) % 257
+        return Result(tokens, result.rounds)
 
     monkeypatch.setattr(speculative_bench, "speculate", wrong)
     settings = SpeculativeSettings("tiny-llama", "rtn(bits=8)", prompt=("A",), new_tokens=6)
