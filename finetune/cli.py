@@ -13,7 +13,7 @@ import typer
 from bench.cli import is_usage
 from bench.errors import one_line
 from bench.terminal import err
-from finetune import evaluate, generate, merge, prepare, pretrain, speculative_bench, train
+from finetune import evaluate, generate, merge, prepare, pretrain, speculate, train
 from finetune.options import add_command
 
 app = typer.Typer(
@@ -46,9 +46,7 @@ add_command(app, "pretrain", pretrain.Settings, pretrain.run, PRETRAIN_EXAMPLES)
 add_command(app, "train", train.Settings, train.run, TRAIN_EXAMPLES)
 add_command(app, "merge", merge.Settings, merge.run)
 add_command(app, "generate", generate.Settings, generate.run)
-add_command(
-    app, "speculate", speculative_bench.SpeculativeSettings, speculative_bench.run_speculative
-)
+add_command(app, "speculate", speculate.Settings, speculate.run)
 add_command(app, "evaluate", evaluate.Settings, evaluate.run)
 
 

@@ -27,12 +27,12 @@ from bench.metrics.perplexity import BATCH_TOKENS, CHUNK_TOKENS, token_nll
 from bench.terminal import out, watching
 from compress import checkpoint
 from compress.base import TorchRunner
-from finetune.answer_metrics import accuracy, answer_measures, binary_f1
-from finetune.intervals import Measure, bootstrap, ratio
-from finetune.loading import DTYPE_NAMES, dtype_named, find, tokenizer_of
-from finetune.nlg_metrics import check_installed, nlg_scores
+from finetune.decoding.loading import DTYPE_NAMES, dtype_named, find, tokenizer_of
+from finetune.judging.answer_metrics import accuracy, answer_measures, binary_f1
+from finetune.judging.intervals import Measure, bootstrap, ratio
+from finetune.judging.nlg_metrics import check_installed, nlg_scores
+from finetune.judging.scoring import Report, generate_answers, score_candidates
 from finetune.options import setting, to_json
-from finetune.scoring import Report, generate_answers, score_candidates
 from finetune.tasks import SPLITS, Decoding, Example, Task, checksum, get
 from results.store import slug, write_atomically
 

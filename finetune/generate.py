@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench import terminal, text_files
 from bench.errors import UsageError
-from finetune.loading import DTYPE_NAMES, dtype_named, find, load_for_inference
+from finetune.decoding.loading import DTYPE_NAMES, dtype_named, find, load_for_inference
 from finetune.options import setting, to_json
 from results.store import write_atomically
 
@@ -83,7 +83,7 @@ def run(settings: Settings) -> dict[str, Any]:
     or, with --task, for questions.
     """
     if settings.interactive:
-        from finetune.chat import converse
+        from finetune.decoding.chat import converse
 
         converse(settings)
         return {}

@@ -22,10 +22,11 @@ from bench.errors import UsageError
 from bench.terminal import out as terminal
 from compress.layers import cast_parameters
 from compress.quant_linear import DTYPES
-from finetune import checkpoints, lora, pretrain, runs, train
+from finetune import pretrain, train
 from finetune.options import build as build_settings
 from finetune.options import setting
 from finetune.train import grow
+from finetune.training import checkpoints, lora, runs
 
 COMMANDS: dict[str, tuple[Any, Callable[[Any], tuple[Any, Any]]]] = {
     "pretrain": (pretrain.Settings, pretrain.build),

@@ -27,14 +27,14 @@ import numpy as np
 
 from bench.errors import UsageError
 from bench.terminal import Report, watching
-from finetune import documents, encoder, parts
-from finetune.documents import Cleaning
-from finetune.encoder import Encoder
-from finetune.join_parts import held_out, join
 from finetune.options import setting
-from finetune.sources import Source, find
-from finetune.token_file import TokenFile
-from finetune.worker_pool import InOrder, workers
+from finetune.text import documents, encoder, parts
+from finetune.text.documents import Cleaning
+from finetune.text.encoder import Encoder
+from finetune.text.join_parts import held_out, join
+from finetune.text.sources import Source, find
+from finetune.text.token_file import TokenFile
+from finetune.text.worker_pool import InOrder, workers
 from results.store import write_atomically
 
 SUMMARY = "prepare.json"

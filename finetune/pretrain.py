@@ -8,15 +8,15 @@ from bench import models
 from bench.errors import UsageError
 from bench.terminal import err
 from compress.quant_linear import DTYPES
-from finetune import runs
-from finetune.attention import attend
-from finetune.batches import Windows, evaluation_windows
-from finetune.loop import LoopSettings, fit, prepare_process
-from finetune.mean_loss import mean_loss
-from finetune.new_model import Architecture, continue_from, make
 from finetune.options import setting
-from finetune.parallel import Place, placed, wait
-from finetune.token_file import TokenFile, tokenizer_sha256
+from finetune.text.token_file import TokenFile, tokenizer_sha256
+from finetune.training import runs
+from finetune.training.attention import attend
+from finetune.training.batches import Windows, evaluation_windows
+from finetune.training.loop import LoopSettings, fit, prepare_process
+from finetune.training.mean_loss import mean_loss
+from finetune.training.new_model import Architecture, continue_from, make
+from finetune.training.parallel import Place, placed, wait
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from bench.errors import UsageError
 from bench.terminal import err
 from compress.checkpoint import layer_specs
 from compress.quant_linear import DTYPES
-from finetune import lora, runs
-from finetune.attention import attend
-from finetune.batches import Batch, Batches, Windows, evaluation_windows
-from finetune.loop import LoopSettings, fit, prepare_process
-from finetune.mean_loss import mean_loss
 from finetune.options import setting
-from finetune.parallel import Place, placed, wait
 from finetune.tasks import Example, Task, checksum, get
+from finetune.training import lora, runs
+from finetune.training.attention import attend
+from finetune.training.batches import Batch, Batches, Windows, evaluation_windows
+from finetune.training.loop import LoopSettings, fit, prepare_process
+from finetune.training.mean_loss import mean_loss
+from finetune.training.parallel import Place, placed, wait
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def grow(model: Any, rows: int) -> None:
 
 def accuracy(model: Any, tokenizer: Any, examples: list[Example]) -> float:
     """Share of choices whose likeliest candidate (summed log-probability) is the right one."""
-    from finetune.scoring import score_candidates
+    from finetune.judging.scoring import score_candidates
 
     right = 0
     scores = score_candidates(model, tokenizer, examples)
@@ -173,7 +173,7 @@ def _data(
     """Training batches and validation batches of the task, and the fingerprint of the latter."""
     if task.kind == "language_model":
         return _windows(settings, task, tokenizer, context, place)
-    from finetune.examples import ExampleBatches
+    from finetune.training.examples import ExampleBatches
 
     most = settings.evaluation_examples
     training = ExampleBatches(
@@ -200,7 +200,7 @@ def _windows(
     settings: Settings, task: Task, tokenizer: Any, context: int, place: Place
 ) -> tuple[Batches, list[Batch], str]:
     """Running text: tokens in files below OUT/data, cut into windows."""
-    from finetune.token_file import TokenFile, TokenWriter, tokenizer_sha256
+    from finetune.text.token_file import TokenFile, TokenWriter, tokenizer_sha256
 
     paths = {split: settings.out / "data" / f"{split}.tokens" for split in ("train", "validation")}
     if place.leads:

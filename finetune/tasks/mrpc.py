@@ -15,8 +15,8 @@ Source: W. Dolan, C. Brockett, "Automatically Constructing a Corpus of Sententia
 
 from typing import Any
 
-from finetune.task_data import Rows, json_lines, local, rows, tab_separated
 from finetune.tasks.base import Example, Task, register
+from finetune.tasks.task_data import Rows, json_lines, local, rows, tab_separated
 
 PAIRS = "mrpc/msr_paraphrase_{}.txt"
 GLUE_VALIDATION = "mrpc/glue_mrpc_validation.jsonl"

@@ -17,9 +17,9 @@ ARC-DA", 2021, https://arxiv.org/abs/2102.03315
 from collections.abc import Sequence
 from typing import Any
 
-from finetune.answer_metrics import token_f1
-from finetune.task_data import held_out, json_lines, rows
+from finetune.judging.answer_metrics import token_f1
 from finetune.tasks.base import Decoding, Example, Task, register
+from finetune.tasks.task_data import held_out, json_lines, rows
 
 
 class QuestionAnswering(Task):

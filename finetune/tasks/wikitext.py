@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.data_sets import SOURCES, from_rows
-from finetune.task_data import local, read_text, rows
 from finetune.tasks.base import Example, Task, register
+from finetune.tasks.task_data import local, read_text, rows
 
 FILES = {name: f"wikitext-2-raw/wiki.{name}.raw" for name in ("train", "valid", "test")}
 HUB = SOURCES["wikitext2"].hub

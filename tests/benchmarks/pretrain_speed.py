@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from finetune.attention import attend
-from finetune.batches import Windows
-from finetune.loop import LoopSettings, fit, prepare_process
-from finetune.new_model import Architecture, make
-from finetune.parallel import Place
-from finetune.token_file import TokenFile
+from finetune.text.token_file import TokenFile
+from finetune.training.attention import attend
+from finetune.training.batches import Windows
+from finetune.training.loop import LoopSettings, fit, prepare_process
+from finetune.training.new_model import Architecture, make
+from finetune.training.parallel import Place
 
 
 def plain(file: TokenFile, sizes: Architecture, vocabulary: int, rows: int, micro: int, steps: int):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from finetune.answer_metrics import (
+from finetune.judging.answer_metrics import (
     accuracy,
     answer_measures,
     binary_f1,
@@ -11,7 +11,7 @@ from finetune.answer_metrics import (
     normalised,
     token_f1,
 )
-from finetune.intervals import bootstrap, mean, ratio, share
+from finetune.judging.intervals import bootstrap, mean, ratio, share
 
 
 def test_normalisation_by_hand():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.batches import Windows, evaluation_windows
-from finetune.token_file import TokenWriter
+from finetune.text.token_file import TokenWriter
+from finetune.training.batches import Windows, evaluation_windows
 
 
 @pytest.fixture

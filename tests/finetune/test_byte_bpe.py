@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from finetune.byte_bpe import save, train
+from finetune.text.byte_bpe import save, train
 
 TEXT = ["low lower lowest low low", "new newer newest new"] * 3
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def test_saved_folder_is_what_transformers_reads(tmp_path):
 def test_another_process_trains_the_same(tmp_path):
     save(train((text for text in TEXT), 265), tmp_path / "here")
     code = (
-        "import sys; from pathlib import Path; from finetune.byte_bpe import save, train;"
+        "import sys; from pathlib import Path; from finetune.text.byte_bpe import save, train;"
         f"save(train({TEXT!r}, 265), Path(sys.argv[1]))"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "there"], check=True, cwd=ROOT)

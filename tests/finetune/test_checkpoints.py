@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from finetune import checkpoints
-from finetune.parallel import Place, slice_of
+from finetune.training import checkpoints
+from finetune.training.parallel import Place, slice_of
 
 ALONE = Place(0, 1, torch.device("cpu"), "none")
 

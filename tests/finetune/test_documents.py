@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from bench.errors import UsageError
-from finetune import documents as module
-from finetune.documents import Cleaning, clean, digest, documents, kind
-from finetune.raw_text import Text
+from finetune.text import documents as module
+from finetune.text.documents import Cleaning, clean, digest, documents, kind
+from finetune.text.raw_text import Text
 
 USER_DATA = os.environ.get("SLIMBENCH_DATA")  # before the fixtures of the session hide it
 ALL = Cleaning(minimum=1)
@@ -180,7 +180,7 @@ def test_refusals_name_file_and_place(tmp_path, name, data, message):
 
 
 def test_what_is_too_long_is_refused(tmp_path, monkeypatch):
-    for place in ("finetune.documents", "finetune.raw_text"):
+    for place in ("finetune.text.documents", "finetune.text.raw_text"):
         monkeypatch.setattr(f"{place}.MAX_DOCUMENT", 1000)
     monkeypatch.setattr(module, "MAX_JSON_BYTES", 1000)
     assert read(tmp_path / "a.txt", ("x" * 99 + "\n") * 10) != []

@@ -12,9 +12,10 @@ from bench.data import Blocks
 from bench.errors import UsageError
 from bench.metrics.perplexity import perplexity
 from bench.metrics.subject import Subject
-from finetune import evaluate, nlg_metrics
+from finetune import evaluate
+from finetune.decoding.loading import load_for_inference
 from finetune.evaluate import Settings, judge, run
-from finetune.loading import load_for_inference
+from finetune.judging import nlg_metrics
 from finetune.options import build
 from finetune.tasks import TASKS, Decoding, Example, Task, checksum
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from bench import models
-from finetune.batches import IGNORED, Batch
-from finetune.examples import Encoded, ExampleBatches, encode, keep_end, padded, token_ids
 from finetune.tasks import Example
+from finetune.training.batches import IGNORED, Batch
+from finetune.training.examples import Encoded, ExampleBatches, encode, keep_end, padded, token_ids
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_refusals(tokenizer):
 
 def test_the_loss_of_a_step_does_not_depend_on_micro_batches(tokenizer, tiny_gpt2):
     import compress
-    from finetune.language_model import LossModel
+    from finetune.training.language_model import LossModel
 
     model = LossModel(compress.load(tiny_gpt2).double())
     sums = []

@@ -9,7 +9,8 @@ import torch
 
 import compress
 from bench.errors import UsageError
-from finetune.chat import converse, probabilities
+from finetune.decoding.chat import converse, probabilities
+from finetune.decoding.loading import load_for_inference
 from finetune.generate import (
     PROMPTS,
     Settings,
@@ -18,7 +19,6 @@ from finetune.generate import (
     read_prompts,
     run,
 )
-from finetune.loading import load_for_inference
 
 TEXTS = ["The mouse", "Once upon a time there was a castle", "A", "In the year"]
 

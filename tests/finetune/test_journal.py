@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune.journal import FILE, Journal, _smooth, draw_curves, entries
+from finetune.training.journal import FILE, Journal, _smooth, draw_curves, entries
 
 
 def test_a_resumed_journal_reads_as_if_nothing_had_happened(tmp_path):

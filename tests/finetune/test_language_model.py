@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetune.batches import IGNORED
-from finetune.language_model import LossModel
+from finetune.training.batches import IGNORED
+from finetune.training.language_model import LossModel
 
 
 @pytest.mark.parametrize("fixture", ["tiny_llama", "tiny_gpt2"])

@@ -9,7 +9,7 @@ import torch
 import compress
 from bench import models
 from bench.errors import UsageError
-from finetune.loading import DTYPE_NAMES, dtype_named, find, load_for_inference
+from finetune.decoding.loading import DTYPE_NAMES, dtype_named, find, load_for_inference
 
 IDS = torch.tensor([[1, 2, 3, 4]])
 

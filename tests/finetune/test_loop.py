@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.errors import UsageError
-from finetune import checkpoints
-from finetune.batches import Windows, evaluation_windows
-from finetune.journal import entries
-from finetune.loop import LoopSettings, fit, prepare_process, rate_at, total_steps
-from finetune.mean_loss import mean_loss
-from finetune.parallel import Place
-from finetune.token_file import TokenFile, TokenWriter
+from finetune.text.token_file import TokenFile, TokenWriter
+from finetune.training import checkpoints
+from finetune.training.batches import Windows, evaluation_windows
+from finetune.training.journal import entries
+from finetune.training.loop import LoopSettings, fit, prepare_process, rate_at, total_steps
+from finetune.training.mean_loss import mean_loss
+from finetune.training.parallel import Place
 
 ALONE = Place(0, 1, torch.device("cpu"), "none")
 

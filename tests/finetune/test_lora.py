@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 import compress
 from bench import models
 from bench.errors import UsageError
-from finetune import lora, merge
+from finetune import merge
+from finetune.training import lora
 
 
 def plain(folder):

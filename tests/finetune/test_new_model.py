@@ -7,8 +7,8 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from bench.errors import UsageError
-from finetune.language_model import LossModel
-from finetune.new_model import Architecture, continue_from, make
+from finetune.training.language_model import LossModel
+from finetune.training.new_model import Architecture, continue_from, make
 
 SMALL = {"layers": 2, "width": 32, "heads": 4, "context": 64}
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune import nlg_metrics
-from finetune.nlg_metrics import (
+from finetune.judging import nlg_metrics
+from finetune.judging.nlg_metrics import (
     WORDS,
     bleu_measure,
     cider_scores,

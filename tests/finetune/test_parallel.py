@@ -7,7 +7,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
-from finetune.journal import entries
+from finetune.training.journal import entries
 
 MODEL = ["--layers", "2", "--width", "32", "--heads", "4", "--context", "32"]
 LOOP = ["--steps", "6", "--batch", "8", "--micro-batch", "2", "--precision", "fp32"]

@@ -13,12 +13,13 @@ from transformers import AutoTokenizer
 
 from bench import models
 from bench.errors import UsageError
-from finetune import parts, tasks
-from finetune.documents import digest, documents
-from finetune.join_parts import held_out
+from finetune import tasks
 from finetune.options import build
 from finetune.prepare import Settings, run
-from finetune.token_file import TokenFile, tokenizer_sha256
+from finetune.text import parts
+from finetune.text.documents import digest, documents
+from finetune.text.join_parts import held_out
+from finetune.text.token_file import TokenFile, tokenizer_sha256
 
 USER_DATA = os.environ.get("SLIMBENCH_DATA")  # before the fixtures of the session hide it
 ROOT = Path(__file__).parents[2]
@@ -248,7 +249,7 @@ def exit_at_once(batch: list) -> None:
 
 
 def test_a_worker_that_dies_is_said_so():
-    from finetune.worker_pool import workers
+    from finetune.text.worker_pool import workers
 
     death = pytest.raises(ValueError, match=r"a worker process died, .* use fewer --workers")
     with death, workers(2) as in_order:

@@ -10,8 +10,8 @@ import pytest
 
 import compress
 from bench import models
-from finetune.journal import entries
-from finetune.loop import LoopSettings
+from finetune.training.journal import entries
+from finetune.training.loop import LoopSettings
 
 SMALL = ["--layers", "2", "--width", "32", "--heads", "4", "--context", "32", "--threads", "1"]
 SMALL += ["--batch", "8", "--micro-batch", "8", "--learning-rate", "1e-2", "--no-tensorboard"]

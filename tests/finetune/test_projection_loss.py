@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from finetune import projection_loss
+from finetune.training import projection_loss
 
 
 class OtherLinear(nn.Linear):

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import compress
-from finetune import scoring
-from finetune.examples import token_ids
-from finetune.loading import load_for_inference
-from finetune.scoring import generate_answers, score_candidates
+from finetune.decoding.loading import load_for_inference
+from finetune.judging import scoring
+from finetune.judging.scoring import generate_answers, score_candidates
 from finetune.tasks import Example
+from finetune.training.examples import token_ids
 
 EXAMPLES = [
     Example("The mouse", " ran", (" ran", " sat down", " r")),

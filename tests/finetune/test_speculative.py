@@ -11,8 +11,8 @@ import torch
 import compress
 from bench import models
 from compress import checkpoint
-from finetune import speculative_bench
-from finetune.speculative import (
+from finetune import speculate as command
+from finetune.decoding.speculative import (
     Reader,
     Result,
     acceptance,
@@ -21,11 +21,11 @@ from finetune.speculative import (
     next_lookahead,
     speculate,
 )
-from finetune.speculative_bench import (
-    SpeculativeSettings,
+from finetune.speculate import (
+    Settings,
     load_draft,
     parting,
-    run_speculative,
+    run,
     summary_lines,
 )
 
@@ -220,7 +220,7 @@ def test_refuses_what_cannot_work(llama, gpt2):
 
 
 def test_bench_keeps_all_samples_and_finds_the_texts_identical(tmp_path, capsys, own_cache):
-    settings = SpeculativeSettings(
+    settings = Settings(
         model="tiny-llama",
         draft="rtn(bits=8)",
         prompt=("The mouse", "Once upon a time"),
@@ -229,7 +229,7 @@ def test_bench_keeps_all_samples_and_finds_the_texts_identical(tmp_path, capsys,
         repeats=2,
         out=tmp_path / "figures.json",
     )
-    report = run_speculative(settings)
+    report = run(settings)
     assert json.loads(settings.out.read_text()) == json.loads(json.dumps(report))
     found = report["summary"]
     assert found["identical_runs"] == found["runs"] == len(report["samples"]) == 4
@@ -249,9 +249,9 @@ def test_bench_says_where_texts_part(monkeypatch, capsys, own_cache):
         tokens[0, -1] = (tokens[0, -1] + 1) % 257
         return Result(tokens, result.rounds)
 
-    monkeypatch.setattr(speculative_bench, "speculate", wrong)
-    settings = SpeculativeSettings("tiny-llama", "rtn(bits=8)", prompt=("A",), new_tokens=6)
-    report = run_speculative(settings)
+    monkeypatch.setattr(command, "speculate", wrong)
+    settings = Settings("tiny-llama", "rtn(bits=8)", prompt=("A",), new_tokens=6)
+    report = run(settings)
     assert report["summary"]["identical_runs"] == 0 and report["summary"]["runs"] == 3
     assert report["prompts"][0]["parts_after"] == 5
     assert "prompt 1 parts after 5 tokens" in capsys.readouterr().out

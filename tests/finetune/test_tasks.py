@@ -11,11 +11,11 @@ import pytest
 from bench.data_sets import UnknownData
 from bench.errors import UsageError
 from compress.registry import discover
-from finetune.task_data import comma_separated, held_out, json_lines, read_text, tab_separated
 from finetune.tasks import SPLITS, TASKS, Example, Task, checksum, get
 from finetune.tasks.base import register
 from finetune.tasks.e2e import linearise
 from finetune.tasks.qa import typical
+from finetune.tasks.task_data import comma_separated, held_out, json_lines, read_text, tab_separated
 from finetune.tasks.wikitext import split_articles
 
 NAMES = sorted(TASKS)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from finetune import token_file
-from finetune.token_file import TokenFile, TokenWriter, tokenizer_sha256
+from finetune.text import token_file
+from finetune.text.token_file import TokenFile, TokenWriter, tokenizer_sha256
 
 SOURCES = [{"name": "a.txt", "sha256": "0" * 64}]
 

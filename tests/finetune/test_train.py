@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 import compress
 from bench import models
 from finetune import merge, train
-from finetune.journal import entries
 from finetune.tasks import get
+from finetune.training.journal import entries
 
 FOODS = ("Thai", "French", "Indian")
 

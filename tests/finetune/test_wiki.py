@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune import wiki
-from finetune.documents import Cleaning, clean, documents
-from finetune.wiki import Page, pages, plain_text
+from finetune.text import wiki
+from finetune.text.documents import Cleaning, clean, documents
+from finetune.text.wiki import Page, pages, plain_text
 
 USER_DATA = os.environ.get("SLIMBENCH_DATA")  # before the fixtures of the session hide it
 

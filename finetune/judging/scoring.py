@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from finetune.examples import keep_end, token_ids
 from finetune.generate import check_fits, padding_id
 from finetune.tasks import Example
+from finetune.training.examples import keep_end, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from bench.errors import UsageError
-from finetune import wiki
-from finetune.raw_text import MAX_DOCUMENT, Lines, Text, lines, texts
-from finetune.wiki import Page
+from finetune.text import wiki
+from finetune.text.raw_text import MAX_DOCUMENT, Lines, Text, lines, texts
+from finetune.text.wiki import Page
 
 VERSION = 1  # of everything that decides which text comes out; see parts.py
 MAX_JSON_BYTES = 1 << 30

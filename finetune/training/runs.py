@@ -14,10 +14,10 @@ from typing import Any
 from bench.errors import UsageError
 from bench.machine import commit, packages
 from bench.source_hash import ROOT
-from finetune import parallel
-from finetune.loop import FREE
 from finetune.options import to_json
-from finetune.parallel import Place
+from finetune.training import parallel
+from finetune.training.loop import FREE
+from finetune.training.parallel import Place
 from results.store import write_atomically
 
 FILE = "run.json"

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finetune.encoder import INDEX
-from finetune.token_file import TokenFile, TokenWriter
+from finetune.text.encoder import INDEX
+from finetune.text.token_file import TokenFile, TokenWriter
 
 DROPPED, TRAIN, VALIDATION, CUT = range(4)  # CUT: its end is held out
 LEAST_SHARE = 0.5  # of the validation share, below which the longest document is cut

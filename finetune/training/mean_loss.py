@@ -3,9 +3,9 @@
 import math
 from typing import Any
 
-from finetune import parallel
-from finetune.batches import Batch
-from finetune.parallel import Place
+from finetune.training import parallel
+from finetune.training.batches import Batch
+from finetune.training.parallel import Place
 
 
 def mean_loss(runner: Any, batches: list[Batch], place: Place) -> dict[str, float]:

@@ -21,7 +21,7 @@ from torch import Tensor, distributed, nn
 
 from bench.errors import UsageError
 from compress.layers import decoder_blocks
-from finetune.language_model import LossModel
+from finetune.training.language_model import LossModel
 
 STRATEGIES = ("auto", "ddp", "fsdp")
 

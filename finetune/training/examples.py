@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from finetune.batches import IGNORED, Batch
 from finetune.generate import padding_id
 from finetune.tasks import Example
+from finetune.training.batches import IGNORED, Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,7 +87,7 @@ def encode(example: Example, tokenizer: "PreTrainedTokenizerBase", max_tokens: i
 
 
 class ExampleBatches:
-    """Batches of examples; see finetune.batches.Batches for the contract.
+    """Batches of examples; see finetune.training.batches.Batches for the contract.
 
     max_tokens: of a row, at most the model's context. batch: rows of a step over all processes;
     micro_batch: the most in one forward pass. Rows that do not fill a step at the end of an epoch

@@ -11,7 +11,7 @@ are sums in different orders. Where its two best logits are nearer than that rou
 plain greedy decoding may choose differently, and go on differently from there. In float32 that is
 rare; in bfloat16, where logits of 16 and more lie 0.125 apart and are often equal, smollm2-135m did
 it once in some 80 tokens. So a parent that must be followed exactly is run in float32; the draft's
-type never matters. speculative_bench.py counts what differs instead of assuming that nothing does.
+type never matters. speculate.py counts what differs instead of assuming that nothing does.
 
 Sources: Y. Leviathan, M. Kalman, Y. Matias, "Fast Inference from Transformers via Speculative
 Decoding", 2023, https://arxiv.org/abs/2211.17192; C. Chen et al., "Accelerating Large Language

@@ -20,13 +20,13 @@ from dataclasses import asdict
 from operator import itemgetter
 from pathlib import Path
 
-from finetune import documents, wiki
-from finetune.documents import Cleaning, Raw, raw_documents
-from finetune.encoder import INDEX, Encoder
-from finetune.sources import Source
-from finetune.token_file import TokenFile, TokenWriter
-from finetune.wiki import Page
-from finetune.worker_pool import InOrder
+from finetune.text import documents, wiki
+from finetune.text.documents import Cleaning, Raw, raw_documents
+from finetune.text.encoder import INDEX, Encoder
+from finetune.text.sources import Source
+from finetune.text.token_file import TokenFile, TokenWriter
+from finetune.text.wiki import Page
+from finetune.text.worker_pool import InOrder
 from results.store import slug
 
 BATCH = 1 << 20  # characters

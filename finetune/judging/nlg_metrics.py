@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from finetune.intervals import Floats, Measure, bootstrap, mean
+from finetune.judging.intervals import Floats, Measure, bootstrap, mean
 
 ORDERS = 4  # n-grams of BLEU and CIDEr
 NIST_ORDERS = 5

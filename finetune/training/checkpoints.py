@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from finetune import parallel
-from finetune.parallel import Place
-from finetune.token_file import sync_folder
+from finetune.text.token_file import sync_folder
+from finetune.training import parallel
+from finetune.training.parallel import Place
 from results.store import write_atomically
 
 STEP = re.compile(r"step-(\d{6,})")

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from finetune.token_file import TokenFile
+from finetune.text.token_file import TokenFile
 
 IGNORED = -100  # a target that is neither learned nor scored
 

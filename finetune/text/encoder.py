@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from finetune import byte_bpe
-from finetune.documents import Raw, cleaned, digest
-from finetune.token_file import tokenizer_sha256
+from finetune.text import byte_bpe
+from finetune.text.documents import Raw, cleaned, digest
+from finetune.text.token_file import tokenizer_sha256
 
 INDEX = np.dtype([("digest", "<u8"), ("tokens", "<u8"), ("characters", "<u8")])
 RECIPE = "recipe.json"  # beside a trained tokenizer: what it was trained on

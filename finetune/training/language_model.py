@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from finetune.batches import IGNORED
-from finetune.projection_loss import projection_loss
+from finetune.training.batches import IGNORED
+from finetune.training.projection_loss import projection_loss
 
 
 class Sums(NamedTuple):

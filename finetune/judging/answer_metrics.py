@@ -12,7 +12,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 
-from finetune.intervals import Floats, Measure, bootstrap, mean, share
+from finetune.judging.intervals import Floats, Measure, bootstrap, mean, share
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 ARTICLES = re.compile(r"\b(a|an|the)\b")

@@ -25,13 +25,13 @@ import torch
 from bench.errors import UsageError
 from bench.machine import cores
 from bench.terminal import watching
-from finetune import attention, checkpoints, parallel
-from finetune.batches import IGNORED, Batches
-from finetune.journal import Journal, draw_curves
-from finetune.language_model import LossModel
 from finetune.low_precision import fake_quantize_linears
 from finetune.options import setting
-from finetune.parallel import Place
+from finetune.training import attention, checkpoints, parallel
+from finetune.training.batches import IGNORED, Batches
+from finetune.training.journal import Journal, draw_curves
+from finetune.training.language_model import LossModel
+from finetune.training.parallel import Place
 
 Evaluate = Callable[[Any], dict[str, float]]  # the spread LossModel -> named figures
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.embedded import sha256_of
 from bench.errors import UsageError
-from finetune import documents
+from finetune.text import documents
 
 KINDS = ".txt, .raw, .json, .jsonl or .xml (also .gz, .bz2)"
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bench.terminal import out
+from finetune.decoding.loading import dtype_named, load_for_inference
 from finetune.generate import Settings, continue_prompts
-from finetune.loading import dtype_named, load_for_inference
-from finetune.scoring import score_candidates
+from finetune.judging.scoring import score_candidates
 from finetune.tasks import Example, choice, qa
 
 if TYPE_CHECKING:

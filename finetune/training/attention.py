@@ -7,7 +7,7 @@ machine, made a training step of a small GPT-2 1.19 times as fast (Zen 5, bfloat
 
 from typing import Any
 
-from finetune.parallel import Place
+from finetune.training.parallel import Place
 
 KINDS = ("auto", "fused", "products")
 SHORT = 512  # tokens up to which `auto` takes products on a CPU

@@ -24,10 +24,10 @@ from bench import machine, models
 from bench.errors import UsageError
 from bench.terminal import out
 from compress import checkpoint
+from finetune.decoding.loading import DTYPE_NAMES, dtype_named, find, has_tokenizer, tokenizer_of
+from finetune.decoding.speculative import Reader, Result, acceptance, expected_speed_up, speculate
 from finetune.generate import encode, read_prompts
-from finetune.loading import DTYPE_NAMES, dtype_named, find, has_tokenizer, tokenizer_of
 from finetune.options import setting, to_json
-from finetune.speculative import Reader, Result, acceptance, expected_speed_up, speculate
 from results.store import write_atomically
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ COST_REPEATS = 30
 
 
 @dataclass(frozen=True)
-class SpeculativeSettings:
+class Settings:
     """Which parent, which draft, on what."""
 
     model: str = setting("smollm2-135m", "The parent: alias, hub id or folder.")
@@ -64,7 +64,7 @@ class SpeculativeSettings:
             raise UsageError("give --prompt or --prompts, not both")
 
 
-def run_speculative(settings: SpeculativeSettings) -> dict[str, Any]:
+def run(settings: Settings) -> dict[str, Any]:
     """Measure speculative decoding of a model with a draft against plain greedy decoding."""
     prompts = read_prompts(settings.prompt, settings.prompts)
     found = find(settings.model)
@@ -105,9 +105,7 @@ def load_draft(name: str, parent: models.Model, tokenizer: Any, dtype: torch.dty
     return checkpoint.load(found.folder, dtype)
 
 
-def compare(
-    parent: Any, draft: Any, texts: list[Tensor], settings: SpeculativeSettings
-) -> dict[str, Any]:
+def compare(parent: Any, draft: Any, texts: list[Tensor], settings: Settings) -> dict[str, Any]:
     """Decode each of the texts (1, tokens) in both ways, `repeats` times: samples and summary."""
     runner, new = compress.TorchRunner(parent), settings.new_tokens
     texts = [ids.to(parent.device) for ids in texts]
@@ -176,7 +174,7 @@ def summary(
     lines: list[dict[str, Any]],
     samples: list[dict[str, Any]],
     costs: dict[str, float],
-    settings: SpeculativeSettings,
+    settings: Settings,
 ) -> dict[str, Any]:
     """The figures that samples and costs give."""
     rounds = [pair for line in lines for pair in line["rounds"]]

@@ -1,0 +1,1 @@
+"""Models as they are used: loaded, asked, sped up by a draft."""
