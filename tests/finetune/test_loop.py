@@ -10,11 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import compress
 from bench.errors import UsageError
 from finetune.text.token_file import TokenFile, TokenWriter
 from finetune.training import checkpoints
 from finetune.training.batches import Windows, evaluation_windows
 from finetune.training.journal import entries
+from finetune.training.language_model import LossModel
 from finetune.training.loop import LoopSettings, fit, prepare_process, rate_at, total_steps
 from finetune.training.mean_loss import mean_loss
 from finetune.training.parallel import Place
@@ -132,3 +134,34 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, tiny_llama, text):
 def test_batches_that_cannot_be_dealt_out_are_refused():
     with pytest.raises(UsageError, match="--batch 5 cannot be shared by 2"):
         prepare_process(LoopSettings(batch=5), Place(0, 2, torch.device("cpu"), "ddp"))
+
+
+def test_what_was_trained_with_a_method_s_rounding_loses_nothing_by_the_method(
+    tmp_path, tiny_llama, text
+):
+    method = "rtn(bits=4,dtype=float32)"
+    figures, trained = train(
+        tmp_path / "run", tiny_llama, text, steps=12, fake_weights=f"method:{method}"
+    )
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama, local_files_only=True)
+    plain.load_state_dict(trained.state_dict())
+    held_out = evaluation_windows(text, 32, 6, 3)
+    losses = []
+    with torch.no_grad():
+        losses.append(mean_loss(LossModel(plain), held_out, ALONE)["loss"])
+        losses.append(mean_loss(LossModel(compress.apply(method, plain)), held_out, ALONE)["loss"])
+    assert losses[1] == pytest.approx(figures["loss"], rel=1e-5)
+    assert abs(losses[0] - losses[1]) > 1e-3  # the rounding is not nothing
+
+
+@pytest.mark.parametrize("kind", ["fake_activations", "fake_gradients"])
+def test_rounded_activations_and_gradients_change_the_curve_and_still_learn(
+    kind, tmp_path, tiny_llama, text
+):
+    train(tmp_path / "plain", tiny_llama, text)
+    train(tmp_path / "rounded", tiny_llama, text, **{kind: "fp8_e5m2:row"})
+    plain, rounded = (
+        [e["loss"] for e in entries(tmp_path / name) if "loss" in e]
+        for name in ("plain", "rounded")
+    )
+    assert plain != rounded and rounded[-1] < 0.9 * rounded[0]
