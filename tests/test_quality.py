@@ -55,7 +55,7 @@ def test_the_model_has_learned(loss):
 @pytest.mark.parametrize("bits", [4, 3])
 def test_gptq_and_awq_beat_round_to_nearest(bits, loss):
     parent, rtn = loss("none"), loss(f"rtn(bits={bits})")
-    assert rtn - parent > 0.005  # there is something to win
+    assert rtn - parent > 0.002  # there is something to win
     for method in ("gptq", "awq"):
         assert loss(f"{method}(bits={bits})") - parent < 0.9 * (rtn - parent)
 
