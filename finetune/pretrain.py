@@ -11,7 +11,6 @@ from compress.quant_linear import DTYPES
 from finetune.options import setting
 from finetune.text.token_file import TokenFile, tokenizer_sha256
 from finetune.training import runs
-from finetune.training.attention import attend
 from finetune.training.batches import Windows, evaluation_windows
 from finetune.training.loop import LoopSettings, fit, prepare_process
 from finetune.training.mean_loss import mean_loss
@@ -75,7 +74,6 @@ def run(settings: Settings) -> Path:
             }
         runs.begin(settings, "pretrain", origin, place)
         model, _ = build(settings)
-        attend(model, settings.attention, settings.context, place)
         positions = model.config.max_position_embeddings
         if settings.context > positions:
             raise UsageError(f"--context {settings.context}: this model has {positions} positions")

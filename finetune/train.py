@@ -15,7 +15,6 @@ from compress.quant_linear import DTYPES
 from finetune.options import setting
 from finetune.tasks import Example, Task, checksum, get
 from finetune.training import lora, runs
-from finetune.training.attention import attend
 from finetune.training.batches import Batch, Batches, Windows, evaluation_windows
 from finetune.training.loop import LoopSettings, fit, prepare_process
 from finetune.training.mean_loss import mean_loss
@@ -79,7 +78,6 @@ def _learn(settings: Settings, place: Place) -> dict[str, float]:
     base = models.resolve(settings.model)
     model, tokenizer = build(settings)
     context = min(settings.context, lora.inner(model).config.max_position_embeddings)
-    attend(lora.inner(model), settings.attention, context, place)
     training, validation, fingerprint = _data(settings, task, tokenizer, context, place)
     origin = {
         "base": {"name": settings.model, "alias": base.alias, "revision": base.revision},

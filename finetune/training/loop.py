@@ -27,7 +27,7 @@ from bench.machine import cores
 from bench.terminal import watching
 from finetune.low_precision import fake_quantize_linears
 from finetune.options import setting
-from finetune.training import attention, checkpoints, parallel
+from finetune.training import checkpoints, parallel
 from finetune.training.batches import IGNORED, Batches
 from finetune.training.journal import Journal, draw_curves
 from finetune.training.language_model import LossModel
@@ -54,9 +54,6 @@ class LoopSettings:
     precision: str = setting("bf16", "Arithmetic; weights are float32.", choices=("bf16", "fp32"))
     checkpointing: bool = setting(False, "Recompute activations to save memory.")
     compile: bool = setting(False, "Run the model through torch.compile.")
-    attention: str = setting(
-        "auto", "Products are faster for short windows on a CPU.", choices=attention.KINDS
-    )
     strategy: str = setting("auto", "Under torchrun.", choices=parallel.STRATEGIES)
     evaluate_every: int = setting(100, "Steps between evaluations.", least=1)
     save_every: int = setting(100, "Steps between checkpoints.", least=1)
