@@ -53,9 +53,20 @@ def change_config(folder: Path, **values: object) -> None:
     (folder / "config.json").write_text(json.dumps(config | values))
 
 
+def test_gpt2_mini_comes_with_the_package():
+    found = models.resolve("gpt2-mini")
+    model = models.load(found)
+    blocks = 5 * (12 * 256**2 + 13 * 256)
+    expected = (4096 + 512) * 256 + blocks + 2 * 256  # tokens, positions, blocks, last norm
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+    assert sum(file.stat().st_size for file in found.folder.glob("*.safetensors")) <= 12e6
+    assert models.lineage(found)["source"] == "pretrain, 972 steps"
+
+
 def test_aliases_of_the_issue_are_there():
     wanted = "gpt2 gpt2-medium gpt2-large gpt2-xl distilgpt2 llama-2-7b llama-2-13b tinyllama-1.1b"
-    assert set(models.ALIASES) == {*wanted.split(), "smollm2-135m", "tiny-gpt2", "tiny-llama"}
+    own = {"smollm2-135m", "gpt2-mini", "tiny-gpt2", "tiny-llama"}
+    assert set(models.ALIASES) == {*wanted.split(), *own}
     assert models.ALIASES["llama-2-7b"] == "meta-llama/Llama-2-7b-hf"
     assert all(models.NAME.fullmatch(hub_id) for hub_id in models.ALIASES.values() if hub_id)
 
