@@ -232,11 +232,16 @@ def first_line(thing: Any) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; ends the process with the exit code said above."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(format="%(message)s")
     logging.getLogger("bench").setLevel(logging.INFO)
+    run_app(app, "python -m bench", arguments)
+
+
+def run_app(commands: typer.Typer, program: str, arguments: list[str] | None) -> None:
+    """Run one of `commands`; an error becomes one line and an exit code. arguments: None: given."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments, prog_name="python -m bench")
+        commands(arguments, prog_name=program)
     except Exception as error:  # whatever its type, a person gets one line
         if "--debug" in arguments:
             traceback.print_exc()

@@ -5,15 +5,17 @@ whose rows are turned back into the same file, byte for byte, so that both ways 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from bench.text_files import Content, read
 
+T = TypeVar("T")
 ASSETS = Path(__file__).parent / "assets"
 C4_DOCUMENTS = 1000  # the opening of the first shard, locally and from the hub
 
@@ -77,20 +79,36 @@ def contents(name: str) -> list[Content]:
 def _content(name: str, file: str, split: str) -> Content:
     if name == "sample":
         return read(ASSETS / file)
+    if path := local(file):
+        return read(path)
+    return from_rows(name, from_hub(f"data {name!r}", file, lambda: _hub_rows(name, split)))
+
+
+def local(file: str) -> Path | None:
+    """$SLIMBENCH_DATA/file, if it is there."""
     folder = os.environ.get("SLIMBENCH_DATA", "")
     path = Path(folder) / file
-    if folder and path.is_file():
-        return read(path)
-    missing = f"no {file} in SLIMBENCH_DATA={folder}" if folder else "SLIMBENCH_DATA is not set"
+    return path if folder and path.is_file() else None
+
+
+def missing(file: str) -> str:
+    """Why `local` does not find the file, for messages."""
+    folder = os.environ.get("SLIMBENCH_DATA", "")
+    return f"no {file} in SLIMBENCH_DATA={folder}" if folder else "SLIMBENCH_DATA is not set"
+
+
+def from_hub(what: str, file: str, load: Callable[[], T]) -> T:
+    """load(), which asks the hub since `file` is not local. what: names the data in the message.
+
+    Raises UnknownData, saying why neither way works.
+    """
     try:
-        rows = _hub_rows(name, split)
+        return load()
     except ImportError:
         reason = "the package `datasets` is missing (pip install 'slimbench[hub]')"
     except Exception as error:  # the library passes on whatever its network stack raises
         reason = f"the hub gave {type(error).__name__}"
-    else:
-        return from_rows(name, rows)
-    raise UnknownData(f"data {name!r} is not here: {missing}, and {reason}")
+    raise UnknownData(f"{what} is not here: {missing(file)}, and {reason}")
 
 
 @cache  # C4 is streamed: without this, every look at it would fetch it again

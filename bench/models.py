@@ -101,16 +101,19 @@ def resolve(name: str) -> Model:
 
 def tokenizer(model: Model) -> "PreTrainedTokenizerBase":
     """The tokenizer in the model's folder. Raises ValueError if there is none that can be read."""
+    return tokenizer_in(model.folder)
+
+
+def tokenizer_in(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer in `folder`, be there a model or not. Raises ValueError, see `tokenizer`."""
     from transformers import AutoTokenizer
 
-    if not any((model.folder / file).is_file() for file in TOKENIZER_FILES):
-        raise ValueError(f"{model.folder} has no tokenizer.json; put the model's tokenizer there")
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise ValueError(f"{folder} has no tokenizer.json; put the model's tokenizer there")
     try:
-        return AutoTokenizer.from_pretrained(
-            model.folder, local_files_only=True, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # many types, depending on which of the files is bad
-        raise ValueError(f"{model.folder}: bad tokenizer ({_first_line(error)})") from error
+        raise ValueError(f"{folder}: bad tokenizer ({_first_line(error)})") from error
 
 
 def load(model: Model) -> nn.Module:

@@ -46,6 +46,16 @@ def made_once(place: str, write: Callable[[Path], None]) -> Path:
     return final
 
 
+def replaced(folder: Path, write: Callable[[Path], None]) -> None:
+    """Have `write(path)` fill a new folder beside `folder`, then put it in its place, whole."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    write(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold the lock file `path`; the system frees it when the process ends, however it ends."""

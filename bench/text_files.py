@@ -33,24 +33,32 @@ class Text:
 
 def read(path: Path) -> Content:
     """The text of a file, or its documents. Raises ValueError naming the file and the place."""
-    name = path.name.lower()
-    try:
-        with gzip.open(path) if name.endswith(".gz") else path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: damaged gzip file ({error}); fetch it again") from error
-    if len(raw) > MAX_BYTES:
-        raise ValueError(f"{path} holds more than {MAX_BYTES >> 20} MiB of text; use a part of it")
+    raw = unpacked(path, " of text; use a part of it")
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
         where = f"{path}: byte {error.start} is not UTF-8"
         raise ValueError(f"{where}; save the file as UTF-8") from error
-    is_jsonl = name.removesuffix(".gz").endswith(".jsonl")
+    is_jsonl = path.name.lower().removesuffix(".gz").endswith(".jsonl")
     content = _documents(path, text) if is_jsonl else text
     if not join(content).strip():
         raise ValueError(f"{path} holds no text")
     return content
+
+
+def unpacked(path: Path, too_much: str) -> bytes:
+    """The content of a file, packed with gzip (.gz) or not, of at most MAX_BYTES.
+
+    too_much: ends the message for a larger one. Raises ValueError naming the file.
+    """
+    try:
+        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: damaged gzip file ({error}); fetch it again") from error
+    if len(raw) > MAX_BYTES:
+        raise ValueError(f"{path} holds more than {MAX_BYTES >> 20} MiB{too_much}")
+    return raw
 
 
 def join(content: Content) -> str:

@@ -5,14 +5,9 @@ that cannot be; 130 stopped by Ctrl-C after saving a checkpoint. Errors are one 
 adds the traceback.
 """
 
-import sys
-import traceback
-
 import typer
 
-from bench.cli import is_usage
-from bench.errors import one_line
-from bench.terminal import err
+from bench.cli import run_app
 from finetune import evaluate, generate, merge, prepare, pretrain, speculate, train
 from finetune.options import add_command
 
@@ -52,11 +47,4 @@ add_command(app, "evaluate", evaluate.Settings, evaluate.run)
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; ends the process with the exit code said above."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        app(arguments, prog_name="python -m finetune")
-    except Exception as error:  # whatever its type, a person gets one line
-        if "--debug" in arguments:
-            traceback.print_exc()
-        err.print(f"error: {one_line(error)}", markup=False)
-        sys.exit(2 if is_usage(error) else 1)
+    run_app(app, "python -m finetune", arguments)

@@ -24,6 +24,7 @@ from rich.table import Table
 from bench.errors import UsageError
 from bench.machine import LIBRARIES, commit, cores, machine, packages
 from bench.metrics.perplexity import BATCH_TOKENS, CHUNK_TOKENS, token_nll
+from bench.source_hash import ROOT
 from bench.terminal import out, watching
 from compress import checkpoint
 from compress.base import TorchRunner
@@ -37,7 +38,6 @@ from finetune.tasks import SPLITS, Decoding, Example, Task, checksum, get
 from results.store import slug, write_atomically
 
 SCORERS = ("sacrebleu", "pycocoevalcap", "scipy")
-ROOT = Path(__file__).parent.parent
 DEVICES = ("auto", "cpu", "cuda")
 
 

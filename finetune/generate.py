@@ -141,7 +141,7 @@ def continue_prompts(
                 **_choices(settings),
             )
         new = made[:, ids.shape[1] :].tolist()
-        found += [_continuation(row, tokenizer) for row in new]
+        found += [continuation(row, tokenizer) for row in new]
     return found
 
 
@@ -152,8 +152,13 @@ def encode(tokenizer: "PreTrainedTokenizerBase", prompts: list[str]) -> tuple[Te
     """
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else padding_id(tokenizer)
     rows = [tokenizer(prompt)["input_ids"] or [first] for prompt in prompts]
+    return left_padded(rows, padding_id(tokenizer))
+
+
+def left_padded(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids as (ids, mask), (rows, longest) int64 each."""
     longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), padding_id(tokenizer))
+    ids = torch.full((len(rows), longest), padding)
     mask = torch.zeros_like(ids)
     for row, line, seen in zip(rows, ids, mask, strict=True):
         line[longest - len(row) :] = torch.tensor(row)
@@ -217,7 +222,8 @@ def _choices(settings: Settings) -> dict[str, Any]:
     return {"do_sample": False, "num_beams": settings.beams if settings.mode == "beam" else 1}
 
 
-def _continuation(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> Continuation:
+def continuation(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> Continuation:
+    """What a row of new ids says, up to its end-of-text token."""
     ended = tokenizer.eos_token_id in ids
     if ended:  # what follows is padding up to the longest of the batch
         ids = ids[: ids.index(tokenizer.eos_token_id)]

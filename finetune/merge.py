@@ -7,18 +7,17 @@ peft: W + (alpha / rank) B A, in float32.
 Source: E. J. Hu et al., "LoRA", 2021, section 4.1, https://arxiv.org/abs/2106.09685
 """
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench import model_folder, models
 from bench.embedded import sha256_of
 from bench.errors import UsageError
+from bench.paths import replaced
+from bench.terminal import err
 from bench.terminal import out as terminal
 from compress.layers import cast_parameters
 from compress.quant_linear import DTYPES
@@ -27,6 +26,8 @@ from finetune.options import build as build_settings
 from finetune.options import setting
 from finetune.train import grow
 from finetune.training import checkpoints, lora, runs
+from finetune.training.new_model import read_plain
+from finetune.training.parallel import Place, wait
 
 COMMANDS: dict[str, tuple[Any, Callable[[Any], tuple[Any, Any]]]] = {
     "pretrain": (pretrain.Settings, pretrain.build),
@@ -58,6 +59,16 @@ def run(settings: Settings) -> Path:
     return folder
 
 
+def finish(run: Path, figures: dict[str, float], place: Place) -> Path:
+    """The end of a run, in every process: RUN/model is written, and the last figures are said."""
+    if place.leads:
+        folder = export(run)
+        summary = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        err.print(f"{summary}\n{folder}", markup=False)
+    wait(place)
+    return run / "model"
+
+
 def export(run: Path, out: Path | None = None) -> Path:
     """The plain folder (default RUN/model) of a run's newest checkpoint; RUN/adapter under LoRA.
 
@@ -76,29 +87,25 @@ def export(run: Path, out: Path | None = None) -> Path:
     _lay_over(lora.inner(model), checkpoint)
     lineage = runs.lineage(run, checkpoint.step)
     if lora.is_adapted(model):
-        _replaced(run / "adapter", lambda folder: lora.save(model, tokenizer, folder))
+        _put(run / "adapter", lambda folder: lora.save(model, tokenizer, folder))
         model = lora.merged(model)
     model = cast_parameters(model, DTYPES[settings.dtype]).eval()
     target = out or run / "model"
-    _replaced(target, lambda folder: model_folder.write(model, tokenizer, folder, lineage))
+    _put(target, lambda folder: model_folder.write(model, tokenizer, folder, lineage))
     return target
 
 
 def fold(adapter: Path, base: str | None, out: Path | None) -> Path:
     """The plain folder of a peft adapter and its base."""
-    from transformers import AutoModelForCausalLM
-
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / file).is_file():
             raise UsageError(f"{adapter} is neither a run's folder nor an adapter's: no {file}")
     if base is None:
         raise UsageError(f"{adapter} is an adapter: name its base model with --base")
     found = models.resolve(base)
-    plain = AutoModelForCausalLM.from_pretrained(
-        found.folder, dtype=torch.float32, local_files_only=True
-    )
+    plain = read_plain(found.folder)
     own = (adapter / "tokenizer.json").exists()  # with the tokens that the task added
-    tokenizer = models.tokenizer(models.Model(adapter.name, adapter, "") if own else found)
+    tokenizer = models.tokenizer_in(adapter if own else found.folder)
     grow(plain, len(tokenizer))
     model = lora.merged(lora.read(plain, adapter))
     lineage = {
@@ -106,7 +113,7 @@ def fold(adapter: Path, base: str | None, out: Path | None) -> Path:
         "origin": {"base": {"alias": found.alias, "revision": found.revision}},
     }
     target = out or adapter.with_name(f"{adapter.name}-merged")
-    _replaced(target, lambda folder: model_folder.write(model, tokenizer, folder, lineage))
+    _put(target, lambda folder: model_folder.write(model, tokenizer, folder, lineage))
     return target
 
 
@@ -124,7 +131,7 @@ def _lay_over(model: Any, checkpoint: checkpoints.Checkpoint) -> None:
         target.data.copy_(tensor)
 
 
-def _replaced(folder: Path, write: Callable[[Path], Any]) -> None:
+def _put(folder: Path, write: Callable[[Path], Any]) -> None:
     """Have `write` fill `folder`, whole or not at all; an older model or adapter is replaced.
 
     Evaluations that lay beside the same weights stay. Raises UsageError for any other folder.
@@ -133,13 +140,12 @@ def _replaced(folder: Path, write: Callable[[Path], Any]) -> None:
     known = any((folder / name).exists() for name in ("lineage.json", "adapter_config.json"))
     if folder.exists() and not known:
         raise UsageError(f"{folder} exists and holds no model made here; choose another --out")
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    write(part)
-    old, new = folder / "model.safetensors", part / "model.safetensors"
-    if old.exists() and new.exists() and sha256_of(old) == sha256_of(new):
-        for evaluation in folder.glob("evaluation-*.json"):
-            shutil.copy2(evaluation, part)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(part, folder)
+
+    def write_and_keep(part: Path) -> None:
+        write(part)
+        old, new = folder / "model.safetensors", part / "model.safetensors"
+        if old.exists() and new.exists() and sha256_of(old) == sha256_of(new):
+            for evaluation in folder.glob("evaluation-*.json"):
+                shutil.copy2(evaluation, part)
+
+    replaced(folder, write_and_keep)

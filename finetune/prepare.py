@@ -14,7 +14,6 @@ A core works through 1.3 MB of a dump's XML or 2 MB of plain text in a second.
 
 import fcntl
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from bench.errors import UsageError
+from bench.machine import cores
 from bench.terminal import Report, watching
 from finetune.options import setting
 from finetune.text import documents, encoder, parts
@@ -92,7 +92,7 @@ def run(settings: Settings) -> dict[str, Any]:
     with watching() as (watch, say):
         if settings.task:
             return write_task(settings.task, settings.out, say)
-        with _locked(settings.out), workers(settings.workers or _cores()) as in_order:
+        with _locked(settings.out), workers(settings.workers or cores()) as in_order:
             return _prepare(settings, in_order, watch, say)
 
 
@@ -244,11 +244,6 @@ def _line(summary: dict[str, Any]) -> str:
 def _meter(report: Report, sources: Iterable[Source]) -> Callable[[int], None]:
     total = sum(source.size for source in sources)
     return lambda position: report("kB", position >> 10, total >> 10)
-
-
-def _cores() -> int:
-    """Those that this process may run on; os.cpu_count counts all of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

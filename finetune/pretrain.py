@@ -47,60 +47,57 @@ def run(settings: Settings) -> Path:
 
     OUT/model is the finished model, a plain folder that the bench takes as --model.
     """
-    from finetune.merge import export
+    from finetune.merge import finish
 
     with placed(settings.strategy) as place:
         prepare_process(settings, place)
-        runs.check(settings, "pretrain")
-        data = _prepared(settings, place)
-        training, held_out = token_files(data)
-        windows = Windows(
-            training, settings.context, settings.batch, settings.micro_batch, settings.seed
-        )
-        validation = evaluation_windows(
-            held_out, settings.context, settings.evaluation_windows, settings.micro_batch
-        )
-        origin: dict[str, Any] = {
-            "data": {"train": training.sha256(), "validation": held_out.sha256()},
-            "sources": training.header.get("sources"),
-            "tokenizer": training.header["tokenizer_sha256"],
+        figures = _learn(settings, place)
+        return finish(settings.out, figures, place)
+
+
+def _learn(settings: Settings, place: Place) -> dict[str, float]:
+    """Train to the last step; the last evaluation and the speed."""
+    runs.check(settings, "pretrain")
+    data = _prepared(settings, place)
+    training, held_out = token_files(data)
+    windows = Windows(
+        training, settings.context, settings.batch, settings.micro_batch, settings.seed
+    )
+    validation = evaluation_windows(
+        held_out, settings.context, settings.evaluation_windows, settings.micro_batch
+    )
+    origin: dict[str, Any] = {
+        "data": {"train": training.sha256(), "validation": held_out.sha256()},
+        "sources": training.header.get("sources"),
+        "tokenizer": training.header["tokenizer_sha256"],
+    }
+    if settings.start:
+        base = models.resolve(settings.start)
+        origin["base"] = {
+            "name": settings.start,
+            "alias": base.alias,
+            "revision": base.revision,
         }
-        if settings.start:
-            base = models.resolve(settings.start)
-            origin["base"] = {
-                "name": settings.start,
-                "alias": base.alias,
-                "revision": base.revision,
-            }
-        runs.begin(settings, "pretrain", origin, place)
-        model, _ = build(settings)
-        positions = model.config.max_position_embeddings
-        if settings.context > positions:
-            raise UsageError(f"--context {settings.context}: this model has {positions} positions")
-        if place.leads:
-            count = sum(parameter.numel() for parameter in model.parameters())
-            err.print(
-                f"{count / 1e6:.2f}M parameters, {len(training.tokens):,} tokens of text, "
-                f"{windows.steps_per_epoch} steps an epoch",
-                markup=False,
-            )
-        figures = fit(
-            model, windows, lambda runner: mean_loss(runner, validation, place), settings, place
+    runs.begin(settings, "pretrain", origin, place)
+    model, _ = build(settings)
+    positions = model.config.max_position_embeddings
+    if settings.context > positions:
+        raise UsageError(f"--context {settings.context}: this model has {positions} positions")
+    if place.leads:
+        count = sum(parameter.numel() for parameter in model.parameters())
+        err.print(
+            f"{count / 1e6:.2f}M parameters, {len(training.tokens):,} tokens of text, "
+            f"{windows.steps_per_epoch} steps an epoch",
+            markup=False,
         )
-        del model  # export builds its own
-        if place.leads:
-            folder = export(settings.out)
-            summary = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-            err.print(f"{summary}\n{folder}", markup=False)
-        wait(place)
-    return settings.out / "model"
+    return fit(model, windows, lambda runner: mean_loss(runner, validation, place), settings, place)
 
 
 def build(settings: Settings) -> tuple[Any, Any]:
     """The model as it is before the first step, and its tokenizer."""
     import torch
 
-    tokenizer = read_tokenizer(_data_folder(settings) / "tokenizer")
+    tokenizer = models.tokenizer_in(_data_folder(settings) / "tokenizer")
     torch.manual_seed(settings.seed)
     model = make(settings, len(tokenizer), tokenizer.eos_token_id)
     if settings.start:
@@ -120,16 +117,11 @@ def token_files(data: Path) -> tuple[TokenFile, TokenFile]:
         if not path.is_file():
             raise ValueError(f"{path} is missing; make it with: python -m finetune prepare")
     training, held_out = map(TokenFile, paths)
-    meaning = tokenizer_sha256(read_tokenizer(data / "tokenizer"))
+    meaning = tokenizer_sha256(models.tokenizer_in(data / "tokenizer"))
     for file in (training, held_out):
         if file.header["tokenizer_sha256"] != meaning:
             raise ValueError(f"{file.path} belongs to another tokenizer; run `prepare` again")
     return training, held_out
-
-
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer in `folder`. Raises ValueError naming it."""
-    return models.tokenizer(models.Model(folder.name, folder, ""))
 
 
 def _data_folder(settings: Settings) -> Path:

@@ -8,16 +8,17 @@ import numpy as np
 import torch
 
 from bench import models
-from bench.errors import UsageError
 from bench.terminal import err
-from compress.checkpoint import layer_specs
 from compress.quant_linear import DTYPES
+from finetune.evaluate import Settings as Judging
+from finetune.evaluate import judge
 from finetune.options import setting
-from finetune.tasks import Example, Task, checksum, get
+from finetune.tasks import Task, checksum, get
 from finetune.training import lora, runs
 from finetune.training.batches import Batch, Batches, Windows, evaluation_windows
 from finetune.training.loop import LoopSettings, fit, prepare_process
 from finetune.training.mean_loss import mean_loss
+from finetune.training.new_model import read_plain
 from finetune.training.parallel import Place, placed, wait
 
 
@@ -58,17 +59,12 @@ def run(settings: Settings) -> Any:
 
     OUT/model is the finished model, LoRA merged; OUT/adapter keeps the LoRA weights.
     """
-    from finetune.merge import export
+    from finetune.merge import finish
 
     with placed(settings.strategy) as place:
         prepare_process(settings, place)
         figures = _learn(settings, place)
-        if place.leads:
-            folder = export(settings.out)
-            summary = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-            err.print(f"{summary}\n{folder}", markup=False)
-        wait(place)
-    return settings.out / "model"
+        return finish(settings.out, figures, place)
 
 
 def _learn(settings: Settings, place: Place) -> dict[str, float]:
@@ -91,12 +87,17 @@ def _learn(settings: Settings, place: Place) -> dict[str, float]:
             markup=False,
         )
 
+    # Under fsdp the layers can only be called together: accuracy waits for `evaluate`.
+    scored = task.kind == "choice" and place.strategy != "fsdp"
+    held_out = task.examples("validation")[: settings.evaluation_examples] if scored else []
+
     def evaluate(runner: Any) -> dict[str, float]:
         figures = mean_loss(runner, validation, place)
-        # Under fsdp the layers can only be called together: accuracy waits for `evaluate`.
-        if task.kind == "choice" and place.strategy != "fsdp":
-            held_out = task.examples("validation")[: settings.evaluation_examples]
-            figures["accuracy"] = accuracy(lora.inner(model), tokenizer, held_out)
+        if held_out:
+            judged = judge(lora.inner(model), tokenizer, task, held_out, Judging())
+            accuracy = judged.measures["accuracy"].value
+            assert accuracy is not None  # only a figure whose scorer is missing has none
+            figures["accuracy"] = accuracy
         return figures
 
     return fit(lora.inner(model), training, evaluate, settings, place)
@@ -104,15 +105,8 @@ def _learn(settings: Settings, place: Place) -> dict[str, float]:
 
 def build(settings: Settings) -> tuple[Any, Any]:
     """The model as it is before the first step (peft's under LoRA), and its tokenizer."""
-    from transformers import AutoModelForCausalLM
-
     base = models.resolve(settings.model)
-    if layer_specs(base.folder):
-        raise UsageError(f"{settings.model} is compressed; name the model that it was made from")
-    tokenizer = models.tokenizer(base)
-    model = AutoModelForCausalLM.from_pretrained(
-        base.folder, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
-    )
+    model, tokenizer = read_plain(base.folder), models.tokenizer(base)
     torch.manual_seed(settings.seed)
     new_tokens = add_tokens(model, tokenizer, get(settings.task))
     if settings.method == "lora":
@@ -152,17 +146,6 @@ def grow(model: Any, rows: int) -> None:
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             layer.weight[old:] = layer.weight[:old].mean(0)  # one and the same where tied
-
-
-def accuracy(model: Any, tokenizer: Any, examples: list[Example]) -> float:
-    """Share of choices whose likeliest candidate (summed log-probability) is the right one."""
-    from finetune.judging.scoring import score_candidates
-
-    right = 0
-    scores = score_candidates(model, tokenizer, examples)
-    for example, found in zip(examples, scores, strict=True):
-        right += example.candidates[found.index(max(found))] == example.target
-    return right / len(examples)
 
 
 def _data(

@@ -3,9 +3,11 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,3 +66,21 @@ def smollm2(own_cache: Path) -> Path:
             return models.resolve("smollm2-135m").folder
         except ValueError as error:
             pytest.skip(str(error))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """Stands in for the package `datasets`: `rows` by split, `calls` as they come."""
+    from bench import data_sets
+
+    stub = SimpleNamespace(rows={}, calls=[])
+
+    def load_dataset(**arguments):
+        stub.calls.append(arguments)
+        return iter(stub.rows[arguments["split"]])
+
+    monkeypatch.delenv("SLIMBENCH_DATA", raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    data_sets._hub_rows.cache_clear()
+    yield stub
+    data_sets._hub_rows.cache_clear()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from finetune.generate import check_fits, padding_id
+from finetune.generate import check_fits, continuation, left_padded, padding_id
 from finetune.tasks import Example
 from finetune.training.examples import keep_end, token_ids
 
@@ -167,7 +167,7 @@ def generate_answers(
     answers = [""] * len(rows)
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
-        ids, mask = _left_padded([rows[index] for index in part], padding_id(tokenizer))
+        ids, mask = left_padded([rows[index] for index in part], padding_id(tokenizer))
         check_fits(model, ids, max_new_tokens)
         search: dict[str, Any] = {"num_beams": beams, "do_sample": False}
         if beams > 1:
@@ -189,18 +189,5 @@ def generate_answers(
     return answers
 
 
-def _left_padded(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), padding)
-    mask = torch.zeros_like(ids)
-    for line, seen, row in zip(ids, mask, rows, strict=True):
-        line[width - len(row) :] = torch.tensor(row)
-        seen[width - len(row) :] = 1
-    return ids, mask
-
-
 def _first_line(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
-    if tokenizer.eos_token_id in ids:  # what follows is padding up to the longest of the batch
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-    text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-    return text.split("\n", 1)[0].strip()
+    return continuation(ids, tokenizer).text.strip().split("\n", 1)[0].strip()

@@ -22,8 +22,9 @@ import hashlib
 import re
 from typing import Any
 
+from bench.data_sets import local
 from finetune.tasks.base import Decoding, Example, Task, register
-from finetune.tasks.task_data import Rows, comma_separated, held_out, local, rows
+from finetune.tasks.task_data import Rows, comma_separated, held_out, rows
 
 FILES = {
     "train": "e2e-nlg/trainset.csv",

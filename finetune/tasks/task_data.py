@@ -6,19 +6,16 @@ what the task expects is refused with its place.
 """
 
 import csv
-import gzip
 import hashlib
 import io
 import json
-import os
-import zlib
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from bench.data_sets import UnknownData
-from bench.text_files import MAX_BYTES
+from bench.data_sets import UnknownData, from_hub, local, missing
+from bench.text_files import unpacked
 
 T = TypeVar("T")
 
@@ -41,13 +38,6 @@ class Rows(NamedTuple):
         return made
 
 
-def local(file: str) -> Path | None:
-    """$SLIMBENCH_DATA/file, if it is there."""
-    folder = os.environ.get("SLIMBENCH_DATA", "")
-    path = Path(folder) / file
-    return path if folder and path.is_file() else None
-
-
 def rows(
     task: str,
     file: str,
@@ -61,19 +51,13 @@ def rows(
     """
     if (path := local(file)) is not None:
         return Rows(str(path), parse(path))
-    folder = os.environ.get("SLIMBENCH_DATA", "")
-    missing = f"no {file} in SLIMBENCH_DATA={folder}" if folder else "SLIMBENCH_DATA is not set"
+    what = f"data of task {task!r}"
     if hub is None:
-        raise UnknownData(f"data of task {task!r} is not here: {missing}; put {file} there")
-    try:
-        found = [dict(row) for row in import_module("datasets").load_dataset(**hub)]
-    except ImportError:
-        reason = "the package `datasets` is missing (pip install 'slimbench[hub]')"
-    except Exception as error:  # the library passes on whatever its network stack raises
-        reason = f"the hub gave {type(error).__name__}"
-    else:
-        return Rows(f"{hub['path']} ({hub['split']})", found)
-    raise UnknownData(f"data of task {task!r} is not here: {missing}, and {reason}")
+        raise UnknownData(f"{what} is not here: {missing(file)}; put {file} there")
+    found = from_hub(
+        what, file, lambda: [dict(row) for row in import_module("datasets").load_dataset(**hub)]
+    )
+    return Rows(f"{hub['path']} ({hub['split']})", found)
 
 
 def read_text(path: Path) -> str:
@@ -81,13 +65,7 @@ def read_text(path: Path) -> str:
 
     Raises ValueError naming the file if it is damaged, too large or not UTF-8.
     """
-    try:
-        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: damaged gzip file ({error}); fetch it again") from error
-    if len(raw) > MAX_BYTES:
-        raise ValueError(f"{path} holds more than {MAX_BYTES >> 20} MiB; that is not this data set")
+    raw = unpacked(path, "; that is not this data set")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -18,9 +18,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench.data_sets import SOURCES, from_rows
+from bench.data_sets import SOURCES, from_rows, local
 from finetune.tasks.base import Example, Task, register
-from finetune.tasks.task_data import local, read_text, rows
+from finetune.tasks.task_data import read_text, rows
 
 FILES = {name: f"wikitext-2-raw/wiki.{name}.raw" for name in ("train", "valid", "test")}
 HUB = SOURCES["wikitext2"].hub

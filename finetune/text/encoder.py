@@ -9,9 +9,8 @@ are cores. Special tokens that occur in a text are read as text: data cannot end
 
 import json
 import os
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bench.paths import replaced
 from finetune.text import byte_bpe
 from finetune.text.documents import Raw, cleaned, digest
 from finetune.text.token_file import tokenizer_sha256
@@ -100,13 +100,12 @@ def from_model(name: str, place: Path, minimum: int) -> Encoder:
 
     folder = Path(os.path.expanduser(name))
     alone = folder.is_dir() and not (folder / "config.json").exists()
-    found = models.Model(folder.name, folder, "") if alone else models.resolve(name)
-    tokenizer = models.tokenizer(found)
+    tokenizer = models.tokenizer_in(folder if alone else models.resolve(name).folder)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: its tokenizer has no end-of-text token; choose another one")
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ValueError(f"{name}: its tokenizer has no tokenizer.json; convert it first")
-    _write(place, lambda half: byte_bpe.save(tokenizer, half))
+    replaced(place, lambda half: byte_bpe.save(tokenizer, half))
     return _encoder(place, minimum)
 
 
@@ -135,7 +134,7 @@ def trained(
     except (OSError, ValueError):
         known = None
     if known != wanted:
-        _write(place, write)
+        replaced(place, write)
     return _encoder(place, minimum)
 
 
@@ -146,20 +145,11 @@ def read_texts(batch: list[Raw], minimum: int) -> list[str]:
     return [text for text in clean if text is not None]
 
 
-def _write(place: Path, write: Callable[[Path], None]) -> None:
-    """Replace the folder `place` by what `write` puts into another one."""
-    half = place.with_name(f".{place.name}.part")
-    shutil.rmtree(half, ignore_errors=True)
-    write(half)
-    shutil.rmtree(place, ignore_errors=True)
-    half.rename(place)
-
-
 def _encoder(place: Path, minimum: int) -> Encoder:
     from bench import models
     from bench.embedded import sha256_of
 
-    tokenizer = models.tokenizer(models.Model(place.name, place, ""))
+    tokenizer = models.tokenizer_in(place)
     file = (place / "tokenizer.json").resolve()
     return Encoder(
         file=file,

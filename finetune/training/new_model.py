@@ -57,12 +57,7 @@ def make(sizes: Architecture, vocabulary: int, end_of_text: int | None) -> Any:
 
 def continue_from(model: Any, folder: Path) -> list[str]:
     """Copy the weights in `folder` whose names and shapes fit; the names of those left as new."""
-    from transformers import AutoModelForCausalLM
-
-    # Not compress.load: its Linear layers for GPT-2's Conv1D hold the weights transposed.
-    stored = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True
-    ).state_dict()
+    stored = read_plain(folder).state_dict()
     fresh = []
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -73,6 +68,21 @@ def continue_from(model: Any, folder: Path) -> list[str]:
     if len(fresh) == len(list(model.parameters())):
         raise UsageError(f"no weight in {folder} fits this architecture")
     return fresh
+
+
+def read_plain(folder: Path) -> Any:
+    """The model in `folder` as transformers has it, in float32: what is trained and merged.
+
+    Not compress.load: its Linear layers for GPT-2's Conv1D hold the weights transposed. Raises
+    UsageError for a compressed model, in whose place transformers would put random weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if checkpoint.layer_specs(folder):
+        raise UsageError(f"{folder} is compressed; name the model that it was made from")
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, attn_implementation="sdpa"
+    )
 
 
 def _config(sizes: Architecture) -> dict[str, Any]:

@@ -5,33 +5,15 @@ import hashlib
 import json
 import re
 import sys
-from types import SimpleNamespace
 
 import pytest
 
-from bench import data_sets
 from bench.data_sets import ASSETS, SOURCES, UnknownData, contents
 from bench.overlap import shared_passages
 
 # As in the raw file: a space before and after each line, blank lines hold one space.
 WIKI = " \n = Robert = \n \n Robert is an actor . He had a role @-@ twice . \n \n"
 WIKI_ROWS = ["", " = Robert = \n", "", " Robert is an actor . He had a role @-@ twice . \n", ""]
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """Stands in for the package `datasets`: `rows` by split, `calls` as they come."""
-    stub = SimpleNamespace(rows={}, calls=[])
-
-    def load_dataset(**arguments):
-        stub.calls.append(arguments)
-        return iter(stub.rows[arguments["split"]])
-
-    monkeypatch.delenv("SLIMBENCH_DATA", raising=False)
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    data_sets._hub_rows.cache_clear()
-    yield stub
-    data_sets._hub_rows.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["wikitext2", "wikitext103"])

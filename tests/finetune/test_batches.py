@@ -27,7 +27,7 @@ def test_a_window_is_consecutive_and_targets_are_the_next_tokens(numbers):
 def test_an_epoch_holds_every_window_once_and_the_next_another_order(numbers):
     windows = Windows(numbers, 50, batch=6, micro_batch=6, seed=3)
     assert windows.count == 18 and windows.steps_per_epoch == 3
-    epochs = []
+    epochs, offsets = [], set()
     for epoch in range(2):
         starts = [
             int(row[0])
@@ -37,7 +37,8 @@ def test_an_epoch_holds_every_window_once_and_the_next_another_order(numbers):
         offset = min(starts)
         assert sorted(starts) == [offset + 50 * i for i in range(18)] and offset < 50
         epochs.append(starts)
-    assert epochs[0] != epochs[1]
+        offsets.add(offset)
+    assert epochs[0] != epochs[1] and len(offsets) == 2
 
 
 def test_processes_share_out_the_very_rows_of_one_process(numbers):

@@ -14,7 +14,7 @@ import compress
 from bench.errors import UsageError
 from finetune.text.token_file import TokenFile, TokenWriter
 from finetune.training import checkpoints
-from finetune.training.batches import Windows, evaluation_windows
+from finetune.training.batches import IGNORED, Batch, Windows, evaluation_windows
 from finetune.training.journal import entries
 from finetune.training.language_model import LossModel
 from finetune.training.loop import LoopSettings, fit, prepare_process, rate_at, total_steps
@@ -102,6 +102,30 @@ def test_micro_batches_add_up_to_the_step(tmp_path, tiny_llama, text):
     train(tmp_path / "four", tiny_llama, text, steps=3, micro_batch=1)
     one, four = ([e["loss"] for e in entries(tmp_path / n) if "loss" in e] for n in ("one", "four"))
     assert four == pytest.approx(one, rel=1e-5)
+
+
+def test_the_gradient_is_that_of_the_mean_over_targets(tmp_path, tiny_llama, text):
+    """Prompts and padding are read but do not count, whatever micro-batch they are in."""
+    ids = torch.stack([text.window(start, 33) for start in (0, 50, 100, 150)])
+    targets = ids[:, 1:].clone()
+    for row, known in enumerate((1, 9, 30, 32)):
+        targets[row, :-known] = IGNORED
+    parts = [Batch(ids[:3, :-1], targets[:3]), Batch(ids[3:, :-1], targets[3:])]
+    data = SimpleNamespace(steps_per_epoch=1, micro_batches=lambda step, rank, world: parts)
+    settings = LoopSettings(
+        out=tmp_path, steps=1, precision="fp32", clip=0.0, tensorboard=False, threads=1
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, local_files_only=True)
+    loss = torch.nn.functional.cross_entropy(
+        model(ids[:, :-1]).logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED
+    )
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    model.zero_grad()
+    fit(model, data, lambda runner: {}, settings, ALONE)
+    step = next(entry for entry in entries(tmp_path) if "loss" in entry)
+    assert step["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert step["gradient"] == pytest.approx(norm.item(), rel=1e-4)
 
 
 def test_recomputed_activations_change_nothing(tmp_path, tiny_llama, text):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
+import compress
 from bench.errors import UsageError
 from finetune.training.language_model import LossModel
-from finetune.training.new_model import Architecture, continue_from, make
+from finetune.training.new_model import Architecture, continue_from, make, read_plain
 
 SMALL = {"layers": 2, "width": 32, "heads": 4, "context": 64}
 
@@ -94,3 +95,10 @@ def test_weights_that_fit_are_taken_over(tmp_path):
 def test_what_makes_no_model_is_refused(changed, message):
     with pytest.raises(UsageError, match=message):
         make(Architecture(**(SMALL | changed)), 50, None)
+
+
+def test_a_compressed_model_is_no_place_to_start_from(tiny_llama, tmp_path):
+    """transformers would put random weights where the codes are."""
+    compress.save(compress.apply("rtn", compress.load(tiny_llama)), tmp_path)
+    with pytest.raises(UsageError, match="is compressed; name the model that it was made from"):
+        read_plain(tmp_path)

@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -99,20 +98,6 @@ def data(tmp_path, monkeypatch):
     write(tmp_path, "e2e-nlg/testset_w_refs.csv", as_commas(range(20, 23)))
     monkeypatch.setenv("SLIMBENCH_DATA", str(tmp_path))
     return tmp_path
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """Stands in for the package `datasets`: `rows` by split, `calls` as they come."""
-    stub = SimpleNamespace(rows={}, calls=[])
-
-    def load_dataset(**arguments):
-        stub.calls.append(arguments)
-        return iter(stub.rows[arguments["split"]])
-
-    monkeypatch.delenv("SLIMBENCH_DATA", raising=False)
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    return stub
 
 
 @pytest.mark.parametrize("name", NAMES)
