@@ -28,6 +28,7 @@ from bench.terminal import watching
 from finetune.low_precision import fake_quantize_linears
 from finetune.options import setting
 from finetune.training import checkpoints, parallel
+from finetune.training.attention import train_with_products
 from finetune.training.batches import IGNORED, Batches
 from finetune.training.journal import Journal, draw_curves
 from finetune.training.language_model import LossModel
@@ -108,6 +109,7 @@ def fit(
     if settings.checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)  # transformers 5.23
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    train_with_products(model)
     rounded = (settings.fake_weights, settings.fake_activations, settings.fake_gradients)
     if any(rounded):
         fake_quantize_linears(model, *rounded)
