@@ -1,4 +1,4 @@
-"""`python -m finetune`: prepare, pretrain, train, merge, generate, speculate, evaluate.
+"""`python -m finetune`: prepare, pretrain, train, merge, generate, speculate, evaluate, table.
 
 Exit codes: 0 fine; 1 something found is unusable; 2 the command line names or sets something
 that cannot be; 130 stopped by Ctrl-C after saving a checkpoint. Errors are one line; `--debug`
@@ -8,7 +8,7 @@ adds the traceback.
 import typer
 
 from bench.cli import run_app
-from finetune import evaluate, generate, merge, prepare, pretrain, speculate, train
+from finetune import evaluate, generate, merge, prepare, pretrain, speculate, table, train
 from finetune.options import add_command
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ add_command(app, "merge", merge.Settings, merge.run)
 add_command(app, "generate", generate.Settings, generate.run)
 add_command(app, "speculate", speculate.Settings, speculate.run)
 add_command(app, "evaluate", evaluate.Settings, evaluate.run)
+add_command(app, "table", table.Settings, table.run)
 
 
 def main(arguments: list[str] | None = None) -> None:

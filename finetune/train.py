@@ -10,8 +10,7 @@ import torch
 from bench import models
 from bench.terminal import err
 from compress.quant_linear import DTYPES
-from finetune.evaluate import Settings as Judging
-from finetune.evaluate import judge
+from finetune.judging.judge import judge
 from finetune.options import setting
 from finetune.tasks import Task, checksum, get
 from finetune.training import lora, runs
@@ -94,7 +93,7 @@ def _learn(settings: Settings, place: Place) -> dict[str, float]:
     def evaluate(runner: Any) -> dict[str, float]:
         figures = mean_loss(runner, validation, place)
         if held_out:
-            judged = judge(lora.inner(model), tokenizer, task, held_out, Judging())
+            judged = judge(lora.inner(model), tokenizer, task, held_out)
             accuracy = judged.measures["accuracy"].value
             assert accuracy is not None  # only a figure whose scorer is missing has none
             figures["accuracy"] = accuracy

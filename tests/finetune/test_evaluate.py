@@ -12,9 +12,9 @@ from bench.data import Blocks
 from bench.errors import UsageError
 from bench.metrics.perplexity import perplexity
 from bench.metrics.subject import Subject
-from finetune import evaluate
 from finetune.decoding.loading import load_for_inference
-from finetune.evaluate import Settings, judge, run
+from finetune.evaluate import Settings, run
+from finetune.judging import judge as judging
 from finetune.judging import nlg_metrics
 from finetune.options import build
 from finetune.tasks import TASKS, Decoding, Example, Task, checksum
@@ -74,7 +74,9 @@ def judged(task, model="tiny-llama", **settings):
     """The outcome for a model that is loaded."""
     task = TASKS[task]
     loaded, tokenizer = load_for_inference(model)
-    return judge(loaded, tokenizer, task, task.examples("test"), Settings(**settings))
+    return judging.judge(
+        loaded, tokenizer, task, task.examples("test"), Settings(**settings).judging(task)
+    )
 
 
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-gpt2"])
@@ -104,7 +106,7 @@ def test_limit_counts_windows_of_a_text():
     assert judged("story", window=3000).protocol == {"window": 2048, "windows": 1, "tokens": 2800}
     loaded, tokenizer = load_for_inference("tiny-llama")
     with pytest.raises(UsageError, match="9 tokens are less than a window of 1024; lower --window"):
-        judge(loaded, tokenizer, TASKS["story"], [Example("", "too short")], Settings())
+        judging.judge(loaded, tokenizer, TASKS["story"], [Example("", "too short")])
 
 
 def oracle(monkeypatch, right):
@@ -119,8 +121,8 @@ def oracle(monkeypatch, right):
     def answers(model, tokenizer, prompts, **settings):
         return ["A red one!" if right(n) else "no" for n in range(len(prompts))]
 
-    monkeypatch.setattr(evaluate, "score_candidates", scores)
-    monkeypatch.setattr(evaluate, "generate_answers", answers)
+    monkeypatch.setattr(judging, "score_candidates", scores)
+    monkeypatch.setattr(judging, "generate_answers", answers)
 
 
 def test_a_model_that_knows_every_answer(monkeypatch):
@@ -148,7 +150,7 @@ def test_normalising_by_bytes_can_change_the_choice(monkeypatch):
     def scores(model, tokenizer, examples, batch, report):
         return [[-3.1, -4.0, -6.0] for _ in examples]  # 3, 4 and 5 bytes: -1.03, -1.0, -1.2
 
-    monkeypatch.setattr(evaluate, "score_candidates", scores)
+    monkeypatch.setattr(judging, "score_candidates", scores)
     item = judged("colours").items[0]
     assert (item["chosen"], item["chosen_per_byte"]) == (0, 1)
 
@@ -197,12 +199,27 @@ def test_a_compressed_folder_is_judged_with_its_parents_tokenizer(tmp_path):
     plain = run(Settings(model="tiny-llama", task="colours"))
     scores, other = (r["items"][0]["log_probabilities"] for r in (record, plain))
     assert scores == pytest.approx(other, rel=0.1) and scores != other
+    assert record["model"]["parent"] == plain["model"]["alias"] == "tiny-llama"
+    assert "compression" in record["model"] and "compression" not in plain["model"]
+
+
+def test_the_file_says_what_the_model_was_trained_from(tiny_llama, tmp_path):
+    folder = tmp_path / "run" / "model"
+    shutil.copytree(tiny_llama, folder)
+    lineage = {"source": "train", "origin": {"base": {"alias": "tiny-llama"}}}
+    (folder / "lineage.json").write_text(json.dumps(lineage))
+    model = run(Settings(model=str(tmp_path / "run"), task="colours", limit=2))["model"]
+    assert (model["alias"], model["parent"], model["lineage"]) == ("run", "tiny-llama", lineage)
+    named = run(Settings(model=str(tmp_path / "run"), task="colours", limit=2, name="mine"))
+    assert named["model"]["alias"] == "mine"
 
 
 def test_decoding_is_the_tasks_unless_it_is_set():
-    assert Settings().decoding(TASKS["questions"]) == Decoding(max_new_tokens=5)
-    changed = Settings(beams=4, no_repeat_ngram=0, length_penalty=0.5).decoding(TASKS["e2e"])
-    assert changed == Decoding(max_new_tokens=80, beams=4, length_penalty=0.5, no_repeat_ngram=0)
+    assert Settings().judging(TASKS["questions"]).decoding == Decoding(max_new_tokens=5)
+    changed = Settings(beams=4, no_repeat_ngram=0, length_penalty=0.5).judging(TASKS["e2e"])
+    assert changed.decoding == Decoding(
+        max_new_tokens=80, beams=4, length_penalty=0.5, no_repeat_ngram=0
+    )
 
 
 def test_refusals(monkeypatch):

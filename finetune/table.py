@@ -1,0 +1,151 @@
+"""What `evaluate` found, side by side: a table for each task, a line for each model.
+
+A model is also compared with the one it was made from (its base, or what was compressed), item by
+item, where both were judged on the same examples: the mean difference has a bootstrap interval,
+and one that contains 0 cannot be told from noise. Figures of a whole corpus, such as BLEU, have
+no items; two of them are compared by eye, by their intervals.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from bench.errors import UsageError
+from bench.terminal import out
+from finetune.judging.intervals import Measure, mean
+from finetune.options import setting
+from results.store import write_atomically
+
+Record = dict[str, Any]
+NEEDED = ("model", "task", "split", "data_sha256", "measures", "items", "examples", "protocol")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which evaluations."""
+
+    files: tuple[str, ...] = setting(
+        (), "Files that evaluate wrote, or folders that hold some.", positional=True
+    )
+    out: Path | None = setting(None, "Markdown file to write as well.")
+
+
+def run(settings: Settings) -> str:
+    """Put evaluations side by side: a table for each task, with differences from the base."""
+    text = markdown(read(settings.files))
+    if settings.out:
+        write_atomically(settings.out, text)
+    out.print(text, markup=False, end="")
+    return text
+
+
+def read(places: Sequence[str]) -> list[Record]:
+    """The evaluations in `places`, in that order; those of a folder by name.
+
+    Raises UsageError naming a file that is none, or if there is nothing.
+    """
+    files: list[Path] = []
+    for place in map(Path, places):
+        files += sorted(place.rglob("*.json")) if place.is_dir() else [place]
+    records = []
+    for file in files:
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{file} cannot be read as JSON: {error}") from None
+        lacking = [name for name in NEEDED if not isinstance(record, dict) or name not in record]
+        if not lacking:
+            records.append(record)
+        elif str(file) in places:
+            raise UsageError(f"{file} is no evaluation: it lacks {lacking[0]!r}")
+    if not records:
+        raise UsageError("no evaluation there; make one with `python -m finetune evaluate`")
+    return records
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """Tables of evaluations that judge the same examples."""
+
+    def alike(record: Record) -> tuple[str, ...]:
+        return record["task"], record["split"], record["data_sha256"]
+
+    parts = []
+    for _, group in groupby(sorted(records, key=alike), alike):
+        parts.append(_table(list(group)))
+    return "\n".join(parts)
+
+
+def _table(records: list[Record]) -> str:
+    first = records[0]
+    by_name = {record["model"]["alias"]: record for record in records}
+    names = [name for name, found in first["measures"].items() if found["value"] is not None]
+    lines = [f"### {first['task']}, {first['split']}: {first['examples']} examples", ""]
+    heads = ["model", "trained", *(name.replace("_", " ") for name in names), "against its parent"]
+    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for record in records:
+        parent = by_name.get(record["model"].get("parent") or "")
+        cells = [record["model"]["alias"], training(record)]
+        cells += [_figure(record["measures"].get(name)) for name in names]
+        cells.append(_against(record, parent) if parent else "")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    always = first["protocol"].get("always_the_same_choice")
+    if always is not None:
+        lines += ["", f"The same choice every time: {always:.4f}."]
+    if decoding := first["protocol"].get("decoding"):
+        lines += ["", "Decoding: " + ", ".join(f"{k} {v}" for k, v in decoding.items()) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def training(record: Record) -> str:
+    """How the model was trained, in a few words of its lineage; empty if it was not."""
+    lineage = record["model"].get("lineage") or {}
+    recipe = lineage.get("recipe", {})
+    if "task" not in recipe:
+        return ""
+    method = recipe["method"] + (f" rank {recipe['rank']}" if recipe["method"] == "lora" else "")
+    return (
+        f"{recipe['task']}, {method}, {lineage['step']} steps of {recipe['batch']}, "
+        f"rate {recipe['learning_rate']:g}"
+    )
+
+
+def outcomes(record: Record) -> dict[str, list[float]]:
+    """Of each figure that is a mean over items, the items' values in order."""
+    items = record["items"]
+    if items and "chosen" in items[0]:
+        return {"accuracy": [float(item["chosen"] == item["right"]) for item in items]}
+    names = [name for name in record["measures"] if all(name in item for item in items)]
+    return {
+        name: [item[name] for item in items]
+        for name in names
+        if name != "meteor"  # the corpus's METEOR is not the mean
+    }
+
+
+def difference(record: Record, parent: Record) -> tuple[str, Measure] | None:
+    """The first figure that both have for each item, and its paired difference."""
+    own, its = outcomes(record), outcomes(parent)
+    for name in own:
+        if name in its and len(own[name]) == len(its[name]):
+            changes = [a - b for a, b in zip(own[name], its[name], strict=True)]
+            return name, mean(changes, [item["group"] for item in record["items"]])
+    return None
+
+
+def _against(record: Record, parent: Record) -> str:
+    found = difference(record, parent)
+    if found is None:
+        return ""
+    name, change = found
+    interval = "" if change.low is None else f" [{change.low:+.4f}, {change.high:+.4f}]"
+    return f"{name.replace('_', ' ')} {change.value:+.4f}{interval}"
+
+
+def _figure(measure: dict[str, Any] | None) -> str:
+    if measure is None or measure["value"] is None:
+        return ""
+    interval = "" if measure["low"] is None else f" [{measure['low']:.4f}, {measure['high']:.4f}]"
+    return f"{measure['value']:.4f}{interval}"
