@@ -1,14 +1,13 @@
 """What is installed, what the machine has, what is cached, what a run would need."""
 
 import os
-import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 from bench.machine import LIBRARIES, machine, packages
 from bench.models import ALIASES
-from bench.paths import cache_dir
+from bench.paths import cache_dir, folder_bytes, free_bytes
 
 RUN_NEEDS_BYTES = 2 * 10**9  # default run: download 93 MB, model and parent 540 MB each, artefacts
 RUN_NEEDS_RAM_BYTES = 3 * 2**30
@@ -58,16 +57,8 @@ def local_place(alias: str) -> str | None:
     return str(Path(config).parent) if isinstance(config, str) else None
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below `folder`; 0 if it is not there."""
-    return sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
-
-
 def _default_run(ram_bytes: int | None) -> list[str]:
-    place = cache_dir()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = free_bytes(cache_dir())
     verdicts = [
         f"disk  {RUN_NEEDS_BYTES / 1e9:.0f} GB in the cache, {free / 1e9:.1f} GB free: "
         + ("ok" if free > RUN_NEEDS_BYTES else "TOO LITTLE: set SLIMBENCH_CACHE to a larger disk")

@@ -22,9 +22,10 @@ from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
+from bench import environments
 from bench.box import new_box
 from bench.job import Job
-from bench.machine import commit, machine, packages
+from bench.machine import LIBRARIES, commit, machine, packages
 from bench.paths import cache_dir
 from bench.source_hash import ROOT
 
@@ -69,7 +70,9 @@ def launch(task: Task, report: Report = lambda unit, done, total: None) -> dict[
         "compress_key": task.job.compress_key(),
         "job": asdict(task.job),
         "machine": machine(),
-        "packages": packages(),
+        "packages": (
+            environments.packages_of(task.env, LIBRARIES) if task.env else packages(LIBRARIES)
+        ),
         "commit": head,
         "dirty": dirty,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -78,7 +81,7 @@ def launch(task: Task, report: Report = lambda unit, done, total: None) -> dict[
         "values": {},
     }
     try:
-        python = interpreter(task.env)
+        python = environments.python_of(task.env) if task.env else None
     except FileNotFoundError as missing:
         return record | {"status": "skipped", "error": str(missing), "duration_s": 0.0}
     with new_box() as box:
@@ -181,16 +184,6 @@ def child(
 def _die_with(parent: int) -> None:
     connection.wait([parent])
     os.killpg(os.getpgrp(), signal.SIGKILL)
-
-
-def interpreter(env: str | None) -> Path | None:
-    """Python of a peer's environment, None for ours. FileNotFoundError says how to make it."""
-    if env is None:
-        return None
-    python = ROOT / ".envs" / env / "bin" / "python"
-    if not python.exists():
-        raise FileNotFoundError(f"no environment; make it with: python -m baselines setup {env}")
-    return python
 
 
 def cost_of(artefact: Path) -> dict[str, Any] | None:

@@ -137,11 +137,21 @@ def to_markdown(records: list[Record]) -> str:
 
 
 def _heading(group: Group) -> list[str]:
-    latest = max(group, key=lambda record: record["started"])
+    latest = max(group, key=_started)
     job, machine = latest["job"], latest["machine"]
     ram = f", {machine['ram_bytes'] / 2**30:.0f} GiB" if machine.get("ram_bytes") else ""
     flags = f" ({' '.join(machine['flags'])})" if machine.get("flags") else ""
-    versions = " ".join(f"{name} {version}" for name, version in latest["packages"].items())
+    ours = max((r for r in group if ":" not in r["job"]["method"]), key=_started, default=latest)
+    versions = " ".join(f"{name} {version}" for name, version in ours["packages"].items())
+    peers = {
+        record["job"]["environment"].rpartition("-")[0]: record["packages"]
+        for record in sorted(group, key=_started)
+        if record is not ours and ":" in record["job"]["method"] and record["packages"]
+    }
+    theirs = [
+        f"- {name}: {' '.join(f'{package} {version}' for package, version in found.items())}"
+        for name, found in sorted(peers.items())
+    ]
     commits = sorted({_commit(record) for record in group})
     source = (latest.get("lineage") or {}).get("source", "the model's own folder or hub")
     day = datetime.fromisoformat(latest["started"]).date()
@@ -154,7 +164,12 @@ def _heading(group: Group) -> list[str]:
         f"- machine: {escape(machine['cpu'])}, {machine['cores']} cores{ram}{flags}; "
         f"threads used: {job['threads']}",
         f"- software: {versions}; commit {', '.join(commits)}; newest record {day}",
+        *theirs,
     ]
+
+
+def _started(record: Record) -> str:
+    return record["started"]
 
 
 def _commit(record: Record) -> str:

@@ -13,7 +13,7 @@ from bench.job import short_hash
 from results.store import slug
 
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-SOURCES = ("compress", "bench", "finetune", "results/store.py")
+SOURCES = ("compress", "baselines", "bench", "finetune", "results/store.py")
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
 

@@ -33,7 +33,7 @@ def made_once(place: str, write: Callable[[Path], None]) -> Path:
     if final.is_dir():
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(final.with_name(f".{final.name}.lock")):
+    with locked(final.with_name(f".{final.name}.lock")):
         if not final.is_dir():  # another process may have made it while this one waited
             scratch = final.with_name(f".{final.name}.part")
             shutil.rmtree(scratch, ignore_errors=True)
@@ -56,8 +56,20 @@ def replaced(folder: Path, write: Callable[[Path], None]) -> None:
     part.rename(folder)
 
 
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below `folder`; 0 if it is not there."""
+    return sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def free_bytes(place: Path) -> int:
+    """Free disk space where `place` is, or would be."""
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold the lock file `path`; the system frees it when the process ends, however it ends."""
     with path.open("a") as file:
         try:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import data, models
+from bench import data, environments, models
 from bench.errors import UsageError
 from bench.job import PARENT, Job
 from bench.launch import ROOT, Report, Task, launch, start_server
@@ -22,7 +22,9 @@ from compress.base import Compressor
 from compress.checkpoint import read_json
 from results import store
 
-METHOD_PACKAGES = ("compress.methods",)
+OURS, PEERS = "compress.methods", "baselines.adapters"
+METHOD_PACKAGES = (OURS, PEERS)
+GROUPS = {"ours": OURS, "peers": PEERS}  # names that stand for every method of a package
 KERNEL_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")  # can change a number
 PROMPT_TOKENS, NEW_TOKENS = 512, 64  # what latency is measured with
 WINDOW = 1024  # tokens
@@ -80,7 +82,7 @@ def plan(request: Request) -> list[Task]:
             method=name,
             settings=asdict(method),
             protocol=protocol,
-            metrics=metrics,
+            metrics=metrics_of(name, method, metrics),
             seed=request.seed,
             threads=request.threads or cores(),
             device="cpu",
@@ -145,10 +147,15 @@ def check_blocks(tasks: list[Task]) -> None:
 def chosen_methods(text: str, overrides: tuple[str, ...]) -> list[tuple[str, Any]]:
     """(name, Compressor) of the parent and of every method in `text`, with overrides applied.
 
-    What is written in brackets wins over `--set`, which wins over the default.
+    What is written in brackets wins over `--set`, which wins over the default. `ours` and `peers`
+    stand for every method of theirs.
     """
     try:
-        wanted = registry.parse_list(text)
+        wanted = [
+            method
+            for name, own in registry.parse_list(text)
+            for method in (group(name, own) if name in GROUPS else [(name, own)])
+        ]
         if not wanted:
             raise UsageError(f"no method in {text!r}; see: python -m bench list")
         settings: dict[str, dict[str, Any]] = {name: {} for name, _ in wanted}
@@ -167,6 +174,23 @@ def chosen_methods(text: str, overrides: tuple[str, ...]) -> list[tuple[str, Any
         raise
     except ValueError as error:  # a value that the method refuses was typed by a person
         raise UsageError(str(error)) from error
+
+
+def group(name: str, own: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Every method of a group of GROUPS with its defaults, the parent left out."""
+    if own:
+        raise UsageError(f"{name!r} stands for many methods and takes no settings; name them")
+    package = f"{GROUPS[name]}."
+    found = [each for each in registry.names() if each != PARENT]
+    return [(each, {}) for each in found if type(registry.get(each)).__module__.startswith(package)]
+
+
+def metrics_of(name: str, method: Compressor, metrics: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `metrics` that mean something for `method`. Raises UsageError if none is left."""
+    kept = tuple(metric for metric in metrics if method.timed or metric != "latency")
+    if not kept:
+        raise UsageError(f"{name} runs on rebuilt weights here and is not timed; add a metric")
+    return kept
 
 
 def chosen_metrics(text: str | None) -> tuple[str, ...]:
@@ -210,7 +234,7 @@ def environment(env: str | None) -> str:
     """The libraries a method runs under, as text that changes when one of them does."""
     if env is None:
         return " ".join(f"{name}-{found}" for name, found in packages(KERNEL_LIBRARIES).items())
-    return f"{env}-{source_hash([ROOT / 'baselines' / 'envs' / f'{env}.txt'])}"
+    return f"{env}-{environments.Environment(env).identity()}"
 
 
 def code_of(method: Compressor) -> dict[str, str]:

@@ -24,7 +24,7 @@ import torch
 from bench import data, memory, models
 from bench.errors import one_line
 from bench.job import Job
-from bench.machine import packages
+from bench.machine import LIBRARIES, packages
 from bench.metrics import METRICS
 from bench.metrics.subject import Subject
 from compress import registry
@@ -59,7 +59,7 @@ def compress(box: Path, job: Job, task: dict[str, Any]) -> None:
         name = job.calibration["data"]
         blocks = data.calibration_blocks(name, models.tokenizer(model), **drawn)
     baseline = memory.reset_peak()
-    network = models.load(model)
+    network = method.read(model.folder)
 
     wall, cpu = time.perf_counter(), time.process_time()
     ids = blocks.ids if blocks else None
@@ -118,7 +118,7 @@ def measure(box: Path, job: Job, task: dict[str, Any]) -> None:
     measured = {
         "values": values,
         "blocks": {"evaluation": facts(blocks)},
-        "packages": packages(),
+        "packages": packages((*LIBRARIES, *method.libraries)),
         "lineage": models.lineage(model),
     }
     write(box / "measured.json", measured)

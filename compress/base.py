@@ -63,19 +63,25 @@ def generate(runner: Runner, ids: Tensor, new_tokens: int) -> Tensor:
 class Compressor:
     """A method together with its settings: the dataclass fields are the config.
 
-    Override `compress`. Override `save` and `load` too when the result is not a
-    PyTorch module (ONNX, a peer library's own format).
+    Override `compress`. Override the others too when the result is not a PyTorch module (ONNX, a
+    peer library's own format).
     """
 
     needs_calibration: ClassVar[bool] = False
     env: ClassVar[str | None] = None  # None: this interpreter; else baselines/envs/<env>.txt
+    timed: ClassVar[bool] = True  # False: `load` rebuilds plain weights, whose speed says nothing
+    libraries: ClassVar[tuple[str, ...]] = ()  # whose versions belong into the record
+
+    def read(self, folder: Path) -> Any:
+        """A plain model folder as what `compress` takes; not part of what compression costs."""
+        return checkpoint.load(folder)
 
     def compress(
-        self, model: nn.Module, calibration: Tensor | None = None, progress: Progress = silent
+        self, model: Any, calibration: Tensor | None = None, progress: Progress = silent
     ) -> Any:
         """Turn `model` into its compressed form; may reuse and modify `model`.
 
-        calibration: (samples, seq) int64 token ids, or None if not needed.
+        model: what `read` gave. calibration: (samples, seq) int64 token ids, or None if not needed.
         """
         raise NotImplementedError
 

@@ -1,8 +1,8 @@
 """`python -m finetune`: prepare, pretrain, train, merge, generate, speculate, evaluate, table.
 
 Exit codes: 0 fine; 1 something found is unusable; 2 the command line names or sets something
-that cannot be; 130 stopped by Ctrl-C after saving a checkpoint. Errors are one line; `--debug`
-adds the traceback.
+that cannot be; 130 stopped by Ctrl-C (training saves a checkpoint first). Errors are one line;
+`--debug` adds the traceback.
 """
 
 import typer

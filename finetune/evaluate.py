@@ -127,16 +127,16 @@ def _text(record: dict[str, Any]) -> str:
 
 
 def _about(settings: Settings, found: models.Model) -> dict[str, Any]:
-    """What the record says of the model. parent: what it was trained or compressed from."""
+    """What the record says of the model. parent: revision of what it was made from."""
     about: dict[str, Any] = {"alias": settings.name or found.alias, "revision": found.revision}
     if (found.folder / checkpoint.ABOUT).exists():
         compression = checkpoint.read_json(found.folder / checkpoint.ABOUT)
         about["compression"] = {key: compression.get(key) for key in ("method", "settings")}
         if settings.tokenizer:
-            about["parent"] = models.resolve(settings.tokenizer).alias
+            about["parent"] = models.resolve(settings.tokenizer).revision
     elif lineage := models.lineage(found):
         about["lineage"] = lineage
-        about["parent"] = lineage.get("origin", {}).get("base", {}).get("alias")
+        about["parent"] = lineage.get("origin", {}).get("base", {}).get("revision")
     return about
 
 

@@ -109,9 +109,8 @@ def add_command(
         try:
             run(build(settings_type, values, str(file) if file else name))
         except KeyboardInterrupt as stop:
-            err.print(
-                f"{str(stop) or 'stopped'}; the same command goes on from there", markup=False
-            )
+            said = f"{stop}; the same command goes on from there" if str(stop) else "stopped"
+            err.print(said, markup=False)
             raise typer.Exit(130) from None
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

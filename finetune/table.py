@@ -1,9 +1,9 @@
 """What `evaluate` found, side by side: a table for each task, a line for each model.
 
-A model is also compared with the one it was made from (its base, or what was compressed), item by
-item, where both were judged on the same examples: the mean difference has a bootstrap interval,
-and one that contains 0 cannot be told from noise. Figures of a whole corpus, such as BLEU, have
-no items; two of them are compared by eye, by their intervals.
+A table holds what was judged in the same way on the same examples. A model is also compared with
+the one it was made from (its base, or what was compressed), item by item: the mean difference has
+a bootstrap interval, and one that contains 0 cannot be told from noise. Figures of a whole corpus,
+such as BLEU, have no items; two of them are compared by eye, by their intervals.
 """
 
 import json
@@ -20,7 +20,8 @@ from finetune.options import setting
 from results.store import write_atomically
 
 Record = dict[str, Any]
-NEEDED = ("model", "task", "split", "data_sha256", "measures", "items", "examples", "protocol")
+NEEDED = ("model", "task", "split", "data_sha256", "measures", "items", "protocol")
+PER_MODEL = ("dtype", "device")  # parts of the protocol that belong to a row
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,14 @@ def read(places: Sequence[str]) -> list[Record]:
 
     Raises UsageError naming a file that is none, or if there is nothing.
     """
-    files: list[Path] = []
+    files: list[tuple[Path, bool]] = []  # (file, whether it was named itself)
     for place in map(Path, places):
-        files += sorted(place.rglob("*.json")) if place.is_dir() else [place]
+        if place.is_dir():
+            files += [(file, False) for file in sorted(place.rglob("*.json"))]
+        else:
+            files.append((place, True))
     records = []
-    for file in files:
+    for file, named in files:
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -59,7 +63,7 @@ def read(places: Sequence[str]) -> list[Record]:
         lacking = [name for name in NEEDED if not isinstance(record, dict) or name not in record]
         if not lacking:
             records.append(record)
-        elif str(file) in places:
+        elif named:
             raise UsageError(f"{file} is no evaluation: it lacks {lacking[0]!r}")
     if not records:
         raise UsageError("no evaluation there; make one with `python -m finetune evaluate`")
@@ -67,10 +71,12 @@ def read(places: Sequence[str]) -> list[Record]:
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """Tables of evaluations that judge the same examples."""
+    """Tables of evaluations that judge the same examples in the same way."""
 
     def alike(record: Record) -> tuple[str, ...]:
-        return record["task"], record["split"], record["data_sha256"]
+        protocol = {k: v for k, v in record["protocol"].items() if k not in PER_MODEL}
+        how = json.dumps(protocol, sort_keys=True)
+        return record["task"], record["split"], record["data_sha256"], how
 
     parts = []
     for _, group in groupby(sorted(records, key=alike), alike):
@@ -80,13 +86,13 @@ def markdown(records: Sequence[Record]) -> str:
 
 def _table(records: list[Record]) -> str:
     first = records[0]
-    by_name = {record["model"]["alias"]: record for record in records}
+    by_revision = {record["model"]["revision"]: record for record in records}
     names = [name for name, found in first["measures"].items() if found["value"] is not None]
-    lines = [f"### {first['task']}, {first['split']}: {first['examples']} examples", ""]
+    lines = [f"### {first['task']}, {first['split']}: {len(first['items'])} items", ""]
     heads = ["model", "trained", *(name.replace("_", " ") for name in names), "against its parent"]
     lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for record in records:
-        parent = by_name.get(record["model"].get("parent") or "")
+        parent = by_revision.get(record["model"].get("parent"))
         cells = [record["model"]["alias"], training(record)]
         cells += [_figure(record["measures"].get(name)) for name in names]
         cells.append(_against(record, parent) if parent else "")
@@ -117,6 +123,8 @@ def outcomes(record: Record) -> dict[str, list[float]]:
     items = record["items"]
     if items and "chosen" in items[0]:
         return {"accuracy": [float(item["chosen"] == item["right"]) for item in items]}
+    if items and "nll_nats" in items[0]:  # windows of equal length
+        return {"nats per token": [item["nll_nats"] / item["tokens"] for item in items]}
     names = [name for name in record["measures"] if all(name in item for item in items)]
     return {
         name: [item[name] for item in items]
@@ -131,7 +139,8 @@ def difference(record: Record, parent: Record) -> tuple[str, Measure] | None:
     for name in own:
         if name in its and len(own[name]) == len(its[name]):
             changes = [a - b for a, b in zip(own[name], its[name], strict=True)]
-            return name, mean(changes, [item["group"] for item in record["items"]])
+            groups = [item.get("group", str(n)) for n, item in enumerate(record["items"])]
+            return name, mean(changes, groups)
     return None
 
 

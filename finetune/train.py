@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from bench import models
+from bench.errors import UsageError
 from bench.terminal import err
 from compress.quant_linear import DTYPES
 from finetune.judging.judge import judge
@@ -51,6 +52,13 @@ class Settings(LoopSettings):
     weight_decay: float = setting(0.01, "Of matrices; vectors have none.", least=0)
     warmup: float = setting(0.1, "Share of the steps in which the rate rises.", least=0)
     beta2: float = setting(0.999, "Memory of AdamW's squared gradients.", least=0)
+
+    def __post_init__(self) -> None:
+        if self.method == "lora" and (self.fake_weights or "").startswith("method:"):
+            raise UsageError(
+                "--fake-weights method:... trains weights to lie on a method's grid, and LoRA's "
+                "update would take them off it again; use --method full"
+            )
 
 
 def run(settings: Settings) -> Any:

@@ -42,7 +42,8 @@ def attention(
 ) -> tuple[Tensor, None]:
     """transformers' contract. query: (rows, heads, tokens, width); key, value: maybe fewer heads.
 
-    Returns (rows, tokens, heads, width). Same values as the fused kernel up to rounding.
+    Returns (rows, tokens, heads, width). Same values as the fused kernel up to rounding: under
+    bfloat16 the scores are rounded once, to 8 bits of mantissa, before the softmax in float32.
     """
     rows, heads, tokens, width = query.shape
     groups = key.shape[1]
@@ -60,8 +61,8 @@ def attention(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **others
         )
     # The query heads that share a key stand below each other: one product for all of them.
-    stacked = query.reshape(rows, groups, heads // groups * tokens, width)
-    scores = (stacked @ key.transpose(2, 3)) * (width**-0.5 if scaling is None else scaling)
+    query = query * (width**-0.5 if scaling is None else scaling)
+    scores = query.reshape(rows, groups, heads // groups * tokens, width) @ key.transpose(2, 3)
     later = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).triu(1)
     scores = scores.view(rows, heads, tokens, tokens).masked_fill(later, -torch.inf)
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)

@@ -62,3 +62,38 @@ def test_long_rows_masks_and_inference_take_the_fused_kernel(monkeypatch):
     monkeypatch.setattr(products, "MOST_SCORES", 2 * 4 * 16 * 16)
     products.attention(module, query, key, value, None)
     assert calls == [1]
+
+
+def test_bfloat16_gradients_are_as_near_to_float32_as_the_fused_kernels(tiny_llama):
+    ids = torch.randint(257, (4, 65), generator=torch.Generator().manual_seed(0))
+
+    def gradient(written_out, dtype):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama, local_files_only=True)
+        if written_out:
+            products.train_with_products(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            LossModel(model)(ids[:, :-1], ids[:, 1:]).nll.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    exact = gradient(False, torch.float32)
+    errors = [
+        float((gradient(written_out, torch.bfloat16) - exact).norm() / exact.norm())
+        for written_out in (False, True)
+    ]
+    assert errors[1] < 0.05 and errors[1] < 1.2 * errors[0], errors
+
+
+def test_dropout_drops_and_keeps_the_mean():
+    query, key, value = rows(2, 2, 12)
+    module = torch.nn.Identity().train()
+    torch.manual_seed(0)
+    plain, _ = products.attention(module, query, key, value, None)
+    drawn = torch.stack(
+        [products.attention(module, query, key, value, None, dropout=0.5)[0] for _ in range(2000)]
+    )
+    assert not torch.equal(drawn[0], plain)
+    assert float((drawn.mean(0) - plain).abs().max()) < 0.15
+    module.eval()
+    torch.testing.assert_close(
+        products.attention(module, query, key, value, None, dropout=0.5)[0], plain
+    )

@@ -199,17 +199,17 @@ def test_a_compressed_folder_is_judged_with_its_parents_tokenizer(tmp_path):
     plain = run(Settings(model="tiny-llama", task="colours"))
     scores, other = (r["items"][0]["log_probabilities"] for r in (record, plain))
     assert scores == pytest.approx(other, rel=0.1) and scores != other
-    assert record["model"]["parent"] == plain["model"]["alias"] == "tiny-llama"
+    assert record["model"]["parent"] == plain["model"]["revision"]
     assert "compression" in record["model"] and "compression" not in plain["model"]
 
 
 def test_the_file_says_what_the_model_was_trained_from(tiny_llama, tmp_path):
     folder = tmp_path / "run" / "model"
     shutil.copytree(tiny_llama, folder)
-    lineage = {"source": "train", "origin": {"base": {"alias": "tiny-llama"}}}
+    lineage = {"source": "train", "origin": {"base": {"revision": "abc"}}}
     (folder / "lineage.json").write_text(json.dumps(lineage))
     model = run(Settings(model=str(tmp_path / "run"), task="colours", limit=2))["model"]
-    assert (model["alias"], model["parent"], model["lineage"]) == ("run", "tiny-llama", lineage)
+    assert (model["alias"], model["parent"], model["lineage"]) == ("run", "abc", lineage)
     named = run(Settings(model=str(tmp_path / "run"), task="colours", limit=2, name="mine"))
     assert named["model"]["alias"] == "mine"
 

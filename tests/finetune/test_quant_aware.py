@@ -80,3 +80,12 @@ def test_rebuilt_weights_are_those_of_training(tiny_llama, tmp_path, method):
 def test_methods_are_kept_from_the_compiler():
     # It keeps in float32 the scales that the method rounds to bfloat16: other weights than stored.
     assert MethodQuantizer.parse("method:int8_sym").rebuild._torchdynamo_disable
+
+
+def test_a_methods_grid_is_not_for_lora():
+    from bench.errors import UsageError
+    from finetune.train import Settings
+
+    with pytest.raises(UsageError, match="use --method full"):
+        Settings(method="lora", fake_weights="method:rtn(bits=4)")
+    Settings(method="lora", fake_weights="int8_sym")

@@ -1,0 +1,1 @@
+"""Adapters of the fake library, found the way real ones are."""
