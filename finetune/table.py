@@ -21,6 +21,12 @@ from results.store import write_atomically
 
 Record = dict[str, Any]
 NEEDED = ("model", "task", "split", "data_sha256", "measures", "items", "protocol")
+HEAD = """# Evaluations
+
+Made by `python -m finetune table`; edit nothing here. Values with their 95 % intervals; the last
+column is paired over items, and an interval that holds 0 means no difference was seen.
+
+"""
 PER_MODEL = ("dtype", "device")  # parts of the protocol that belong to a row
 
 
@@ -36,7 +42,7 @@ class Settings:
 
 def run(settings: Settings) -> str:
     """Put evaluations side by side: a table for each task, with differences from the base."""
-    text = markdown(read(settings.files))
+    text = HEAD + markdown(read(settings.files))
     if settings.out:
         write_atomically(settings.out, text)
     out.print(text, markup=False, end="")
@@ -87,12 +93,22 @@ def markdown(records: Sequence[Record]) -> str:
 def _table(records: list[Record]) -> str:
     first = records[0]
     by_revision = {record["model"]["revision"]: record for record in records}
+
+    def parent_of(record: Record) -> Record | None:
+        found = by_revision.get(record["model"].get("parent"))
+        return None if found is by_revision[record["model"]["revision"]] else found
+
+    def ancestors(record: Record) -> list[str]:
+        """Names from the first ancestor that was judged too down to the model itself."""
+        parent = parent_of(record)
+        return [*(ancestors(parent) if parent else []), record["model"]["alias"]]
+
     names = [name for name, found in first["measures"].items() if found["value"] is not None]
     lines = [f"### {first['task']}, {first['split']}: {len(first['items'])} items", ""]
     heads = ["model", "trained", *(name.replace("_", " ") for name in names), "against its parent"]
     lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for record in records:
-        parent = by_revision.get(record["model"].get("parent"))
+    for record in sorted(records, key=ancestors):
+        parent = parent_of(record)
         cells = [record["model"]["alias"], training(record)]
         cells += [_figure(record["measures"].get(name)) for name in names]
         cells.append(_against(record, parent) if parent else "")

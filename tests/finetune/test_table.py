@@ -95,7 +95,14 @@ def test_files_and_folders(tmp_path):
     assert [r["model"]["alias"] for r in table.read([str(tmp_path)])] == ["base", "tuned"]
     out = tmp_path / "table.md"
     table.run(table.Settings((str(tmp_path / "a.json"), str(tmp_path / "sub")), out))
-    assert out.read_text() == table.markdown([BASE, TUNED])
+    assert out.read_text() == table.HEAD + table.markdown([BASE, TUNED])
+
+
+def test_children_follow_their_parents():
+    small = record("a compressed", [0] * 8, parent="r-tuned")
+    lines = table.markdown([small, TUNED, record("zero", [1] * 8), BASE]).splitlines()
+    names = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
+    assert names == ["model", "base", "tuned", "a compressed", "zero"]
 
 
 @pytest.mark.parametrize(
