@@ -79,12 +79,7 @@ class Awq(Compressor):
 
     def solve_groups(self, groups: list[Group]) -> dict[str, nn.Module]:
         """Scale the block of `groups` in place, then give the quantized layers."""
-        for group in groups:
-            for name, layer in group.chosen().items():
-                layer.weight = nn.Parameter(named_finite(name, layer), False)
-        for group in groups:
-            if self.grid:
-                self.scale(group)
+        self.scale_groups(groups)
         replaced: dict[str, nn.Module] = {}
         for group in groups:
             shares = dict(zip(group.half.inputs, group.half.queries_and_keys, strict=True))
@@ -92,6 +87,15 @@ class Awq(Compressor):
                 unclipped = int(layer.out_features * shares.get(name, 0)) if self.clip else -1
                 replaced[name] = self.quantize(layer, group.gram, unclipped)
         return replaced
+
+    def scale_groups(self, groups: list[Group]) -> None:
+        """Scale the block of `groups` in place; its weights become float32."""
+        for group in groups:
+            for name, layer in group.chosen().items():
+                layer.weight = nn.Parameter(named_finite(name, layer), False)
+        for group in groups:
+            if self.grid:
+                self.scale(group)
 
     def scale(self, group: Group) -> None:
         """Choose s for `group`, multiply it into the layers, divide it out of what is before.
