@@ -47,7 +47,7 @@ def files(folder):
 
 
 WRONG = {
-    "method": (["run", "--methods", "gptqq"], "no method 'gptqq'; did you mean gptq?"),
+    "method": (["run", "--methods", "gptqq"], "no method 'gptqq'; did you mean gptq"),
     "setting": (["run", "--methods", "rtn(bit=3)"], "method 'rtn' has no setting 'bit'"),
     "value": (["run", "--methods", "rtn", "--set", "rtn.bits=5"], "bits"),
     "type": (["run", "--methods", "rtn", "--set", "rtn.bits=x"], "rtn.bits must be int, not 'x'"),

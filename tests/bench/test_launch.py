@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,8 +145,6 @@ def test_boxes_of_killed_runs_are_swept_and_those_of_living_ones_are_not(task):
 
 
 def test_a_missing_environment_is_skipped_with_the_command_that_makes_it(task):
-    from dataclasses import replace
-
     record = launch.launch(replace(task(), env="nowhere"))
     assert record["status"] == "skipped"
     assert "python -m baselines setup nowhere" in record["error"]
@@ -154,10 +153,10 @@ def test_a_missing_environment_is_skipped_with_the_command_that_makes_it(task):
 def test_a_worker_with_an_interpreter_of_its_own_gives_the_same_numbers(task, planted, monkeypatch):
     ours = launch.launch(task())
     # What the worker is told, an environment of its own would have installed.
-    monkeypatch.setattr(launch, "interpreter", lambda env: Path(sys.executable))
+    monkeypatch.setattr(launch.environments, "python_of", lambda env: Path(sys.executable))
     monkeypatch.setattr(launch, "ROOT", f"{launch.ROOT}{os.pathsep}{planted.home}")
     monkeypatch.setattr(launch, "commit", lambda root: (None, False))
-    theirs = launch.launch(task())
+    theirs = launch.launch(replace(task(), env="torchao"))
     assert theirs["status"] == "ok", theirs["error"]
     assert theirs["values"]["perplexity"] == ours["values"]["perplexity"]
     assert planted.calls() == ["compress", "load", "load"]
