@@ -5,18 +5,12 @@ from typing import Annotated
 import typer
 
 from bench import environments
-from bench.cli import Debug, run_app
+from bench.command_line import Debug, new_app, run_app
 from bench.errors import UsageError
 from bench.paths import cache_dir, folder_bytes, free_bytes
 from bench.terminal import err, out
 
-app = typer.Typer(
-    help="Environments of the peer libraries that the bench compares its methods with.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
+app = new_app("Environments of the peer libraries that the bench compares its methods with.")
 Names = Annotated[list[str] | None, typer.Argument(help="Environments; see `list`.")]
 
 

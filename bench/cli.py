@@ -8,26 +8,19 @@ import inspect
 import json
 import logging
 import sys
-import traceback
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from bench.errors import UsageError, one_line
+from bench.command_line import Debug, new_app, run_app
+from bench.errors import UsageError
 from bench.terminal import draw, err, line_of, out, watching
 from results import store
 
-app = typer.Typer(
-    help="Make language models smaller, measure what was saved, and rank the results.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
+app = new_app("Make language models smaller, measure what was saved, and rank the results.")
 Results = Annotated[Path, typer.Option("--results", help="Folder of records.", metavar="DIR")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 DEFAULT_RESULTS = Path("results")
 MODEL = "smollm2-135m"
 
@@ -235,26 +228,3 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("bench").setLevel(logging.INFO)
     run_app(app, "python -m bench", arguments)
-
-
-def run_app(commands: typer.Typer, program: str, arguments: list[str] | None) -> None:
-    """Run one of `commands`; an error becomes one line and an exit code. arguments: None: given."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        commands(arguments, prog_name=program)
-    except Exception as error:  # whatever its type, a person gets one line
-        if "--debug" in arguments:
-            traceback.print_exc()
-        err.print(f"error: {one_line(error)}", markup=False)
-        sys.exit(2 if is_usage(error) else 1)
-
-
-def is_usage(error: Exception) -> bool:
-    """Whether the command line is wrong, as opposed to what it led to."""
-    if isinstance(error, (UsageError, store.UnknownKey)):
-        return True
-    from bench.data import UnknownData
-    from bench.models import UnknownModel
-    from compress.registry import UnknownName
-
-    return isinstance(error, (UnknownName, UnknownModel, UnknownData))

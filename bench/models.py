@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
-from torch import nn
 
 from bench import embedded
 from bench.data_sets import ASSETS
@@ -114,11 +113,6 @@ def tokenizer_in(folder: Path) -> "PreTrainedTokenizerBase":
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # many types, depending on which of the files is bad
         raise ValueError(f"{folder}: bad tokenizer ({_first_line(error)})") from error
-
-
-def load(model: Model) -> nn.Module:
-    """The model as float modules, ready for inference; GPT-2's Conv1D come back as nn.Linear."""
-    return checkpoint.load(model.folder)
 
 
 def lineage(model: Model) -> dict[str, Any] | None:

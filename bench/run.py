@@ -22,9 +22,8 @@ from compress.base import Compressor
 from compress.checkpoint import read_json
 from results import store
 
-OURS, PEERS = "compress.methods", "baselines.adapters"
-METHOD_PACKAGES = (OURS, PEERS)
-GROUPS = {"ours": OURS, "peers": PEERS}  # names that stand for every method of a package
+GROUPS = {"ours": "compress.methods", "peers": "baselines.adapters"}  # for every method there
+METHOD_PACKAGES = tuple(GROUPS.values())
 KERNEL_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")  # can change a number
 PROMPT_TOKENS, NEW_TOKENS = 512, 64  # what latency is measured with
 WINDOW = 1024  # tokens

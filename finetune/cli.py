@@ -5,19 +5,11 @@ that cannot be; 130 stopped by Ctrl-C (training saves a checkpoint first). Error
 `--debug` adds the traceback.
 """
 
-import typer
-
-from bench.cli import run_app
+from bench.command_line import new_app, run_app
 from finetune import evaluate, generate, merge, prepare, pretrain, speculate, table, train
 from finetune.options import add_command
 
-app = typer.Typer(
-    help="Make a language model worth compressing: from raw text, or from another model.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
+app = new_app("Make a language model worth compressing: from raw text, or from another model.")
 
 PRETRAIN_EXAMPLES = """
 [bold]Examples[/bold]

@@ -133,7 +133,7 @@ def _about(settings: Settings, found: models.Model) -> dict[str, Any]:
         compression = checkpoint.read_json(found.folder / checkpoint.ABOUT)
         about["compression"] = {key: compression.get(key) for key in ("method", "settings")}
         if settings.tokenizer:
-            about["parent"] = models.resolve(settings.tokenizer).revision
+            about["parent"] = find(settings.tokenizer).revision
     elif lineage := models.lineage(found):
         about["lineage"] = lineage
         about["parent"] = lineage.get("origin", {}).get("base", {}).get("revision")

@@ -94,7 +94,7 @@ def load_draft(name: str, parent: models.Model, tokenizer: Any, dtype: torch.dty
     Raises ValueError if it has a tokenizer of its own that is not the parent's.
     """
     if name.partition("(")[0].strip() in compress.names():
-        made = compress.apply(name, models.load(parent))
+        made = compress.apply(name, checkpoint.load(parent.folder))
         return made.to(dtype) if dtype else made
     found = find(name)
     if has_tokenizer(found) and models.tokenizer(found).get_vocab() != tokenizer.get_vocab():

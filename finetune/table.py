@@ -110,7 +110,7 @@ def _table(records: list[Record]) -> str:
     for record in sorted(records, key=ancestors):
         parent = parent_of(record)
         cells = [record["model"]["alias"], training(record)]
-        cells += [_figure(record["measures"].get(name)) for name in names]
+        cells += [_figure(Measure(**record["measures"][name])) for name in names]
         cells.append(_against(record, parent) if parent else "")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     always = first["protocol"].get("always_the_same_choice")
@@ -165,12 +165,11 @@ def _against(record: Record, parent: Record) -> str:
     if found is None:
         return ""
     name, change = found
-    interval = "" if change.low is None else f" [{change.low:+.4f}, {change.high:+.4f}]"
-    return f"{name.replace('_', ' ')} {change.value:+.4f}{interval}"
+    return f"{name.replace('_', ' ')} {_figure(change, '+.4f')}"
 
 
-def _figure(measure: dict[str, Any] | None) -> str:
-    if measure is None or measure["value"] is None:
+def _figure(measure: Measure, form: str = ".4f") -> str:
+    if measure.value is None:
         return ""
-    interval = "" if measure["low"] is None else f" [{measure['low']:.4f}, {measure['high']:.4f}]"
-    return f"{measure['value']:.4f}{interval}"
+    interval = "" if measure.low is None else f" [{measure.low:{form}}, {measure.high:{form}}]"
+    return f"{measure.value:{form}}{interval}"

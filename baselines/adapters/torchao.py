@@ -13,15 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from baselines.peer import Peer, read_transformers
-from compress.base import Progress, Runner, TorchRunner, silent
+from compress.base import Compressor, Progress, Runner, TorchRunner, silent
 from compress.registry import register
 
 WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
-class TorchAo(Peer):
+class TorchAo(Compressor):
     """kind: int8, int8_dynamic or int4. group_size: of int4."""
 
     env: ClassVar[str | None] = "torchao"
@@ -38,8 +37,12 @@ class TorchAo(Peer):
     def read(self, folder: Path) -> Any:
         """The model in bfloat16."""
         import torchao  # noqa: F401 - slow to import: not part of the cost
+        from transformers import AutoModelForCausalLM
 
-        return read_transformers(folder, torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, local_files_only=True
+        )
+        return model.eval()
 
     def compress(
         self, model: Any, calibration: Tensor | None = None, progress: Progress = silent

@@ -8,6 +8,7 @@ Source: E. Frantar et al., "GPTQ", 2022, section 4, https://arxiv.org/abs/2210.1
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,15 +51,26 @@ def perplexity(subject: Subject, progress: Progress) -> dict[str, Any]:
 
 def block_nll(runner: Runner, ids: Tensor) -> list[float]:
     """Summed -ln p of the tokens of each block but its first. ids: (blocks, tokens) int64."""
+    return block_sums(runner, ids, token_nll)[0]
+
+
+def block_sums(
+    runner: Runner, ids: Tensor, *scores: Callable[[Tensor, Tensor], Tensor]
+) -> list[list[float]]:
+    """Of each score, its sum over the tokens of each block but its first.
+
+    ids: (blocks, tokens) int64. A score takes logits (n, vocab) and targets (n,), and gives (n,).
+    """
     blocks, length = ids.shape
     targets = ids.flatten().roll(-1)  # the last of each block has no target: dropped below
-    nll = torch.full((blocks * length,), math.nan, dtype=torch.float64)  # a gap must show
-    for piece, logits in runner.logit_chunks(ids, CHUNK_TOKENS):
-        nll[piece] = token_nll(logits, targets[piece]).double()
-    kept = nll.view(blocks, length)[:, :-1]
+    found = torch.full((len(scores), blocks * length), math.nan, dtype=torch.float64)
+    for piece, logits in runner.logit_chunks(ids, CHUNK_TOKENS):  # a gap between them must show
+        for row, score in zip(found, scores, strict=True):
+            row[piece] = score(logits, targets[piece]).double().cpu()
+    kept = found.view(len(scores), blocks, length)[:, :, :-1]
     if not kept.isfinite().all():
         raise FloatingPointError("the model's logits hold NaN or infinity")
-    return kept.sum(1).tolist()
+    return kept.sum(-1).tolist()
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:

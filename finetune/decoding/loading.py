@@ -69,7 +69,7 @@ def tokenizer_of(model: models.Model, instead: str | None = None) -> "PreTrained
             f"{model.folder} holds no tokenizer; "
             "name the model that it was made from with --tokenizer"
         )
-    return models.tokenizer(models.resolve(instead))
+    return models.tokenizer(find(instead))
 
 
 def dtype_named(name: str) -> torch.dtype | None:

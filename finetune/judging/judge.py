@@ -4,7 +4,6 @@ Running text is judged on windows that do not overlap, as in `bench.metrics.perp
 the log-probabilities of its candidates; a generation by the answers themselves.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,9 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bench.errors import UsageError
-from bench.metrics.perplexity import BATCH_TOKENS, CHUNK_TOKENS, token_nll
+from bench.metrics.perplexity import BATCH_TOKENS, block_sums, token_nll
 from compress.base import TorchRunner
 from finetune.judging.answer_metrics import accuracy, answer_measures, binary_f1
 from finetune.judging.intervals import Measure, bootstrap, ratio
@@ -83,16 +83,8 @@ def _language_model(
     runner, rows = TorchRunner(model), max(1, BATCH_TOKENS // window)
     sums: list[list[float]] = []  # nll, right first guesses, tokens
     for part in windows.to(model.device).split(rows):
-        targets = part.flatten().roll(-1)  # the last of each window has none: dropped below
-        nll = torch.full(targets.shape, math.nan, dtype=torch.float64)
-        right = torch.zeros(targets.shape, dtype=torch.float64)
-        for piece, logits in runner.logit_chunks(part, CHUNK_TOKENS):
-            nll[piece] = token_nll(logits, targets[piece]).double().cpu()
-            right[piece] = (logits.argmax(-1) == targets[piece]).double().cpu()
-        both = torch.stack([nll, right]).view(2, len(part), window)[:, :, :-1].sum(-1)
-        if not bool(both.isfinite().all()):
-            raise FloatingPointError("the model's logits hold NaN or infinity")
-        sums += [[float(a), float(b), window - 1.0] for a, b in both.T]
+        nll, right = block_sums(runner, part, token_nll, guessed)
+        sums += [[a, b, window - 1.0] for a, b in zip(nll, right, strict=True)]
         report(len(sums), len(windows))
     table = np.array(sums)
     measures = {
@@ -101,6 +93,11 @@ def _language_model(
     }
     items = [{"nll_nats": a, "correct": int(b), "tokens": int(c)} for a, b, c in sums]
     return Outcome(measures, items, {"window": window, "windows": len(sums), "tokens": len(ids)})
+
+
+def guessed(logits: Tensor, targets: Tensor) -> Tensor:
+    """Whether each target was the likeliest token. logits: (n, vocab); targets: (n,)."""
+    return logits.argmax(-1) == targets
 
 
 def _choice(

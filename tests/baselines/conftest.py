@@ -39,7 +39,7 @@ def adapters(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.syspath_prepend(str(HOME / "adapters"))
     monkeypatch.setattr(run, "METHOD_PACKAGES", ("compress.methods", "fakepeer_adapters"))
-    monkeypatch.setattr(run, "GROUPS", {"ours": run.OURS, "peers": "fakepeer_adapters"})
+    monkeypatch.setattr(run, "GROUPS", run.GROUPS | {"peers": "fakepeer_adapters"})
     yield
     registry._METHODS.pop("fakepeer:round", None)
     for name in [name for name in sys.modules if name.startswith("fakepeer_adapters")]:

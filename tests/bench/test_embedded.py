@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from bench import embedded, models
+from compress import checkpoint
 
 IDS = torch.arange(0, 250, 3)[None]  # (1, 84)
 LLAMA_NAMES = {
@@ -252,7 +253,7 @@ def test_smollm2_is_whole_and_tied_and_knows_paris(smollm2):
     assert config["tie_word_embeddings"] is True
     assert config["rope_parameters"]["rope_theta"] == 100000
     assert "quantization_config" not in config
-    model = models.load(models.resolve(str(smollm2)))
+    model = checkpoint.load(models.resolve(str(smollm2)).folder)
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008  # head once
     tokenizer = models.tokenizer(models.resolve(str(smollm2)))
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench import models
+from compress import checkpoint
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 RESOLVE = """
@@ -55,7 +56,7 @@ def change_config(folder: Path, **values: object) -> None:
 
 def test_gpt2_mini_comes_with_the_package():
     found = models.resolve("gpt2-mini")
-    model = models.load(found)
+    model = checkpoint.load(found.folder)
     blocks = 5 * (12 * 256**2 + 13 * 256)
     expected = (4096 + 512) * 256 + blocks + 2 * 256  # tokens, positions, blocks, last norm
     assert sum(parameter.numel() for parameter in model.parameters()) == expected
@@ -153,7 +154,7 @@ def test_load_gives_linear_layers_and_the_same_logits(tiny_gpt2):
     from transformers import AutoModelForCausalLM
 
     ids = torch.arange(0, 250, 3)[None]
-    model = models.load(models.resolve(str(tiny_gpt2)))
+    model = checkpoint.load(models.resolve(str(tiny_gpt2)).folder)
     assert isinstance(model.transformer.h[0].attn.c_attn, torch.nn.Linear)
     with torch.inference_mode():
         expected = AutoModelForCausalLM.from_pretrained(tiny_gpt2)(ids).logits

@@ -14,6 +14,14 @@ def rows(heads: int, groups: int, tokens: int, seed: int = 0):
     return [torch.randn(s, generator=generator, dtype=torch.float64).float() for s in shapes]
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """Grows with each softmax that is written out."""
+    seen, softmax = [], torch.softmax
+    monkeypatch.setattr(torch, "softmax", lambda *a, **k: (seen.append(1), softmax(*a, **k))[1])
+    return seen
+
+
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
 def test_values_are_those_of_the_definition(heads, groups):
     query, key, value = rows(heads, groups, 7)
@@ -28,12 +36,10 @@ def test_values_are_those_of_the_definition(heads, groups):
 
 
 @pytest.mark.parametrize("fixture", ["tiny_llama", "tiny_gpt2"])
-def test_loss_and_gradients_agree_with_the_fused_kernel(fixture, request, monkeypatch):
+def test_loss_and_gradients_agree_with_the_fused_kernel(fixture, request, calls):
     folder = request.getfixturevalue(fixture)
     ids = torch.randint(257, (2, 41), generator=torch.Generator().manual_seed(0))
-    found, calls = [], []
-    softmax = torch.softmax
-    monkeypatch.setattr(torch, "softmax", lambda *a, **k: (calls.append(1), softmax(*a, **k))[1])
+    found = []
     for written_out in (False, True):
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
         if written_out:
@@ -46,10 +52,7 @@ def test_loss_and_gradients_agree_with_the_fused_kernel(fixture, request, monkey
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
 
 
-def test_long_rows_masks_and_inference_take_the_fused_kernel(monkeypatch):
-    calls = []
-    softmax = torch.softmax
-    monkeypatch.setattr(torch, "softmax", lambda *a, **k: (calls.append(1), softmax(*a, **k))[1])
+def test_long_rows_masks_and_inference_take_the_fused_kernel(monkeypatch, calls):
     query, key, value = rows(4, 4, 16)
     module = torch.nn.Identity()
     mask = torch.ones(2, 1, 16, 16, dtype=torch.bool)
