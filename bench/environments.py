@@ -15,7 +15,6 @@ interrupted setup goes on where pip left off, and a changed file makes the envir
 import hashlib
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -33,6 +32,7 @@ from bench.source_hash import ROOT
 from compress.registry import did_you_mean
 
 REQUIREMENTS = ROOT / "baselines" / "envs"
+VERSION = "import platform; print(platform.python_version())"
 INSTALL = ["install", "--progress-bar", "off"]
 GB = 10**9
 CUDA_BYTES = 5 * GB  # what a build of torch for CUDA brings with it
@@ -164,7 +164,7 @@ def setup(environment: Environment, say: Say, cuda: bool | None = None) -> None:
         smoke(environment)
         made = {
             "requirements": environment.checksum(),
-            "python": platform.python_version(),
+            "python": _run("asking", [str(environment.python), "-c", VERSION]).strip(),
             "packages": installed(environment),
         }
         (environment.folder / "ready.json").write_text(json.dumps(made, indent=1) + "\n")

@@ -141,17 +141,8 @@ def _heading(group: Group) -> list[str]:
     job, machine = latest["job"], latest["machine"]
     ram = f", {machine['ram_bytes'] / 2**30:.0f} GiB" if machine.get("ram_bytes") else ""
     flags = f" ({' '.join(machine['flags'])})" if machine.get("flags") else ""
-    ours = max((r for r in group if ":" not in r["job"]["method"]), key=_started, default=latest)
-    versions = " ".join(f"{name} {version}" for name, version in ours["packages"].items())
-    peers = {
-        record["job"]["environment"].rpartition("-")[0]: record["packages"]
-        for record in sorted(group, key=_started)
-        if record is not ours and ":" in record["job"]["method"] and record["packages"]
-    }
-    theirs = [
-        f"- {name}: {' '.join(f'{package} {version}' for package, version in found.items())}"
-        for name, found in sorted(peers.items())
-    ]
+    versions = _versions(group)
+    ours = versions.pop("software", "unknown")
     commits = sorted({_commit(record) for record in group})
     source = (latest.get("lineage") or {}).get("source", "the model's own folder or hub")
     day = datetime.fromisoformat(latest["started"]).date()
@@ -163,9 +154,22 @@ def _heading(group: Group) -> list[str]:
         f"- data: {_data_text(group)}",
         f"- machine: {escape(machine['cpu'])}, {machine['cores']} cores{ram}{flags}; "
         f"threads used: {job['threads']}",
-        f"- software: {versions}; commit {', '.join(commits)}; newest record {day}",
-        *theirs,
+        f"- software: {ours}; commit {', '.join(commits)}; newest record {day}",
+        *(f"- {peer}: {found}" for peer, found in sorted(versions.items())),
     ]
+
+
+def _versions(group: Group) -> dict[str, str]:
+    """What the newest records ran on: under `software`, and a peer's own under its environment."""
+    found = {}
+    for record in sorted(group, key=_started):
+        job = record["job"]
+        name = job["environment"].rpartition("-")[0] if ":" in job["method"] else "software"
+        if record["packages"]:  # a peer whose environment is missing has none
+            found[name] = " ".join(
+                f"{part} {number}" for part, number in record["packages"].items()
+            )
+    return found
 
 
 def _started(record: Record) -> str:

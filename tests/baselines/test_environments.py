@@ -1,6 +1,7 @@
 """Environments: made once, resumed, outdated, broken, refused, removed; the command line."""
 
 import json
+import platform
 import subprocess
 import sys
 
@@ -81,6 +82,22 @@ def test_a_library_that_does_not_import_is_not_ready(own_home):
     assert environment.state() == "incomplete"
 
 
+def test_modules_beside_the_caller_are_not_seen(ready, tmp_path, monkeypatch):
+    (tmp_path / "stray_module.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    code = "import importlib.util as u; print(u.find_spec('stray_module'))"
+    assert environments._run("looking", [str(ready.python), "-c", code]).strip() == "None"
+
+
+def test_an_unfinished_environment_needs_only_the_rest_of_its_disk(own_home, monkeypatch):
+    environment = require(own_home, about=ABOUT.replace("0.1 GB", "2 GB"))
+    monkeypatch.setattr(environments, "free_bytes", lambda place: 10**9)
+    monkeypatch.setattr(environments, "folder_bytes", lambda place: 12 * 10**8)
+    environments._check_disk(environment, 0)
+    with pytest.raises(SetupFailed, match="needs about 2 GB"):
+        environments._check_disk(environment, environments.CUDA_BYTES)
+
+
 def test_too_little_disk_is_said_before_anything_is_made(own_home):
     environment = require(own_home, about=ABOUT.replace("0.1 GB", "900000 GB"))
     with pytest.raises(SetupFailed, match="needs about 900000 GB"):
@@ -91,7 +108,9 @@ def test_too_little_disk_is_said_before_anything_is_made(own_home):
 def test_an_interrupted_venv_is_made_again(own_home):
     environment = require(own_home, "--no-index", str(wheel(own_home, "1.0")))
     environment.python.parent.mkdir(parents=True)
-    environment.python.symlink_to(sys.executable)  # as venv leaves it before pip comes
+    # Interrupted before pip came: a python that has none.
+    environment.python.write_text("#!/bin/sh\necho No module named pip >&2; exit 1\n")
+    environment.python.chmod(0o755)
     environments.setup(environment, lambda line: None)
     assert environment.state() == "ready"
 
@@ -99,6 +118,7 @@ def test_an_interrupted_venv_is_made_again(own_home):
 def test_identity_follows_what_is_installed(ready, monkeypatch):
     before = ready.identity()
     made = ready.made()
+    assert made["python"] == platform.python_version()
     monkeypatch.setattr(Environment, "made", lambda self: made | {"python": "3.99"})
     assert ready.identity() != before and not before.startswith("wanted")
     monkeypatch.setattr(Environment, "state", lambda self: "missing")

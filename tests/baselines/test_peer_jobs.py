@@ -42,6 +42,7 @@ def test_failure_and_timeout_are_records(tasks):
     record = launch.launch(failing)
     assert record["status"] == "failed"
     assert record["error"] == "compress: RuntimeError: this library needs a GPU"
+    assert "torch" in record["packages"], "what its environment has"
     record = launch.launch(replace(hanging, timeout_s=8.0))
     assert record["status"] == "failed" and "no result after 8 s" in record["error"]
 
@@ -51,6 +52,7 @@ def test_a_missing_environment_is_skipped(tasks, tmp_path, monkeypatch):
     monkeypatch.setenv("SLIMBENCH_CACHE", str(tmp_path))
     record = launch.launch(peer)
     assert record["status"] == "skipped"
+    assert record["packages"] == {}, "not those of this interpreter"
     assert record["error"].endswith("is missing; run: python -m baselines setup fakepeer")
 
 

@@ -213,6 +213,18 @@ def test_markdown_header_says_how_where_and_when():
     assert "0123456789ab changed" in board.to_markdown([make(dirty=True)])
 
 
+def test_each_environment_says_what_ran_in_it():
+    late = "2026-11-24T10:00:00+00:00"
+    peer = make("lib:gptq", 21.0, started=late, environment="lib-0a1b2c")
+    peer["packages"] = {"torch": "2.6.0", "lib": "1.2"}
+    gone = make("lib:awq", 22.0, started=late, environment="lib-wanted-0a1b2c")
+    gone["packages"] = {}
+    lines = board.to_markdown([make(), peer, gone]).splitlines()
+    assert "- lib: torch 2.6.0 lib 1.2" in lines
+    [software] = [line for line in lines if line.startswith("- software")]
+    assert "torch 2.13.0;" in software and not any(line.startswith("- lib-") for line in lines)
+
+
 def test_records_of_another_kind_are_passed_over():
     foreign = make("train")
     del foreign["job"]["protocol"]

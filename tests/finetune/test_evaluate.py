@@ -203,6 +203,17 @@ def test_a_compressed_folder_is_judged_with_its_parents_tokenizer(tmp_path):
     assert "compression" in record["model"] and "compression" not in plain["model"]
 
 
+def test_the_folder_of_a_run_stands_for_what_was_compressed(tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "run" / "model")
+    model, _ = load_for_inference("tiny-llama")
+    compress.save(compress.apply("int8_sym", model), tmp_path / "small")
+    settings = Settings(
+        str(tmp_path / "small"), "colours", limit=2, tokenizer=str(tmp_path / "run")
+    )
+    base = run(Settings(str(tmp_path / "run"), "colours", limit=2))["model"]["revision"]
+    assert run(settings)["model"]["parent"] == base
+
+
 def test_the_file_says_what_the_model_was_trained_from(tiny_llama, tmp_path):
     folder = tmp_path / "run" / "model"
     shutil.copytree(tiny_llama, folder)
