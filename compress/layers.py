@@ -37,9 +37,15 @@ class Half:
 
 @dataclass(frozen=True)
 class Family:
-    """The layout of one model type. blocks: dotted name of the list of decoder blocks."""
+    """The layout of one model type, by dotted names.
+
+    blocks: the list of decoder blocks. embeddings: whose sum is the first block's input. norm: the
+    last one, before the head.
+    """
 
     blocks: str
+    embeddings: tuple[str, ...]
+    norm: str
     attention: Half
     mlp: Half
 
@@ -47,6 +53,8 @@ class Family:
 FAMILIES = {
     "llama": Family(
         "model.layers",
+        ("model.embed_tokens",),
+        "model.norm",
         Half(
             norm="input_layernorm",
             module="self_attn",
@@ -66,6 +74,8 @@ FAMILIES = {
     ),
     "gpt2": Family(
         "transformer.h",
+        ("transformer.wte", "transformer.wpe"),
+        "transformer.ln_f",
         # Rows of c_attn are q, k, v. GELU stands between c_fc and mlp.c_proj.
         Half("ln_1", "attn", ("attn.c_attn",), "attn.c_proj", "attn.c_attn", (Fraction(2, 3),)),
         Half("ln_2", "mlp", ("mlp.c_fc",), "mlp.c_proj", None, (Fraction(0),)),

@@ -51,7 +51,8 @@ def test_contract(name, family, request, tmp_path):
     in_memory = TorchRunner(compressed).logits(ids)
     method.save(compressed, tmp_path / "saved")
     changed = stored_otherwise(linears, source, tmp_path / "saved")
-    assert changed == (set() if name == "none" else linears) and len(linears) in (8, 21)
+    plain = name in ("none", "rotate")  # float32 in, float32 out
+    assert changed == (set() if plain else linears) and len(linears) in (8, 21)
     runner = method.load(tmp_path / "saved")
 
     logits = runner.logits(ids)
