@@ -52,13 +52,13 @@ class Rotate(Compressor):
         _put(last, torch.ones_like(gains))
         model.config.tie_word_embeddings = False
         for name in layout.embeddings:
-            embedding = model.get_submodule(name)
+            embedding: Any = model.get_submodule(name)
             _put(embedding, embedding.weight.double() @ turn)
         for done, (block_name, block) in enumerate(blocks, start=1):
             for half in (layout.attention, layout.mlp):
-                norm = block.get_submodule(half.norm)
+                norm: Any = block.get_submodule(half.norm)
                 for name in half.inputs:
-                    layer = block.get_submodule(name)
+                    layer: Any = block.get_submodule(name)
                     weight = named_finite(f"{block_name}.{name}", layer).double()
                     if _bias(norm) is not None:
                         layer.bias = _parameter(layer.bias + weight @ norm.bias.double())
@@ -66,7 +66,7 @@ class Rotate(Compressor):
                 _put(norm, torch.ones_like(norm.weight))
                 if _bias(norm) is not None:
                     norm.bias = _parameter(torch.zeros_like(norm.bias))
-                writer = block.get_submodule(half.output)
+                writer: Any = block.get_submodule(half.output)
                 weight = named_finite(f"{block_name}.{half.output}", writer).double()
                 _put(writer, turn.T @ weight)
                 if writer.bias is not None:
