@@ -151,7 +151,7 @@ def setup(environment: Environment, say: Say, cuda: bool | None = None) -> None:
         cuda = has_gpu() if cuda is None else cuda
         _check_disk(environment, CUDA_BYTES if cuda else 0)
         say(f"{environment.name}: needs about {environment.about['disk']} of disk")
-        pip = _venv(environment)
+        pip, checksum = _venv(environment), environment.checksum()
         wanted = requirements(environment.file)
         torch = [line for line in wanted if re.match(r"torch(?![\w.-])", line)]
         options = [word for line in wanted if line.startswith("-") for word in line.split()]
@@ -163,7 +163,7 @@ def setup(environment: Environment, say: Say, cuda: bool | None = None) -> None:
         _run("installing", [*pip, *INSTALL, "--requirement", str(environment.file)], say=say)
         smoke(environment)
         made = {
-            "requirements": environment.checksum(),
+            "requirements": checksum,
             "python": _run("asking", [str(environment.python), "-c", VERSION]).strip(),
             "packages": installed(environment),
         }

@@ -13,14 +13,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from compress.base import Compressor, Progress, Runner, TorchRunner, silent
+from baselines.peer import Peer, is_plain, plain_linears, refuse_left_out
+from compress.base import Progress, Runner, silent
 from compress.registry import register
 
 WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
-class TorchAo(Compressor):
+class TorchAo(Peer):
     """kind: int8, int8_dynamic or int4. group_size: of int4."""
 
     env: ClassVar[str | None] = "torchao"
@@ -37,12 +38,8 @@ class TorchAo(Compressor):
     def read(self, folder: Path) -> Any:
         """The model in bfloat16."""
         import torchao  # noqa: F401 - slow to import: not part of the cost
-        from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16, local_files_only=True
-        )
-        return model.eval()
+        return plain_linears(super().read(folder))
 
     def compress(
         self, model: Any, calibration: Tensor | None = None, progress: Progress = silent
@@ -52,17 +49,11 @@ class TorchAo(Compressor):
         from torchao.utils import TorchAOBaseTensor
 
         quantize_(model.base_model, self._config())  # the head is not part of it
-        plain = [
-            name
-            for name, layer in model.base_model.named_modules()
-            if isinstance(layer, torch.nn.Linear)
-            and not isinstance(layer.weight, TorchAOBaseTensor)
-        ]
-        if plain:  # it says so in its log only
-            raise ValueError(
-                f"torchao left {len(plain)} layers as they were, such as {plain[0]}: "
-                f"{self.group_size} does not divide their width; choose another group_size"
-            )
+        refuse_left_out(
+            "torchao",
+            model,
+            lambda layer: is_plain(layer) and not isinstance(layer.weight, TorchAOBaseTensor),
+        )
         return model
 
     def save(self, compressed: Any, folder: Path) -> None:
@@ -83,17 +74,17 @@ class TorchAo(Compressor):
 
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         state, left = _safetensors().unflatten_tensor_state_dict(tensors, metadata)
         if left:
             raise ValueError(f"{folder / WEIGHTS}: {next(iter(left))} belongs to no tensor")
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = plain_linears(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
         missing, surplus = model.load_state_dict(state, strict=False, assign=True)
         model.tie_weights()
         if surplus or set(missing) - {"lm_head.weight"}:
             raise ValueError(f"{folder / WEIGHTS} lacks {missing} or has {surplus} too many")
-        return TorchRunner(model)
+        return self.runner(model)
 
     def _config(self) -> Any:
         from torchao import quantization

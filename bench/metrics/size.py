@@ -2,7 +2,8 @@
 
 Everything is read from the files: the headers of the safetensors and compression.json. Bits of
 a quantized weight count its codes, scales, zeros and orders; bits over all weights count every
-tensor, so that embeddings and norms in floating point are not forgotten.
+tensor, so that embeddings and norms in floating point are not forgotten. Of another library's
+format only the size of its files is known, and what they stand for: the parent's weights.
 """
 
 import math
@@ -12,13 +13,18 @@ from typing import Any
 from safetensors import safe_open
 
 from bench.metrics.subject import Progress, Subject
-from compress.checkpoint import layer_specs, read_json, weight_files
+from compress.checkpoint import IGNORED, layer_specs, read_json, weight_files
 
+FOREIGN = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx_data")  # files of weights
+NOT_OF_THE_MODEL = (  # some libraries copy the tokenizer; our artefacts hold none
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+)
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 
 
 def size(subject: Subject, progress: Progress) -> dict[str, Any]:
-    """size_bytes: all files. tensor_bytes: the tensors alone. weights: how many numbers they mean.
+    """size_bytes: all files but the tokenizer's. tensor_bytes: the tensors alone. weights: how many numbers they mean.
 
     bits_per_weight = 8 * tensor_bytes / weights; bits_per_quantized_weight the same over the
     quantized matrices alone (None if there is none), quantized_weights their number.
@@ -28,6 +34,13 @@ def size(subject: Subject, progress: Progress) -> dict[str, Any]:
     weights of its own, even where a quantized copy of it is stored.
     """
     folder = subject.artefact
+    size_bytes = sum(
+        file.stat().st_size
+        for file in folder.rglob("*")
+        if file.is_file() and file.name not in NOT_OF_THE_MODEL
+    )
+    if subject.parent is not None:
+        return foreign(folder, subject.parent) | {"size_bytes": size_bytes}
     specs = layer_specs(folder)
     about = read_json(folder / "compression.json") if specs else {}
     quantized = {name: spec["in_features"] * spec["out_features"] for name, spec in specs.items()}
@@ -48,7 +61,7 @@ def size(subject: Subject, progress: Progress) -> dict[str, Any]:
     weights = quantized_weights - twice + sum(left_alone.values())
     tensor_bytes = sum(count for _, count in tensors.values())
     return {
-        "size_bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        "size_bytes": size_bytes,
         "tensor_bytes": tensor_bytes,
         "weights": weights,
         "bits_per_weight": 8 * tensor_bytes / weights,
@@ -56,6 +69,27 @@ def size(subject: Subject, progress: Progress) -> dict[str, Any]:
         "bits_per_quantized_weight": 8 * quantized_bytes / quantized_weights if quantized else None,
         "left_alone": left_alone,
         "kept_by_setting": about.get("settings", {}).get("skip", []),
+    }
+
+
+def foreign(folder: Path, parent: Path) -> dict[str, Any]:
+    """What can be said of an artefact in another library's format; see size."""
+    tensor_bytes = sum(file.stat().st_size for kind in FOREIGN for file in folder.rglob(kind))
+    config = read_json(parent / "config.json")
+    tied = config.get("tie_word_embeddings", config.get("model_type") == "gpt2")
+    weights = sum(
+        math.prod(shape)
+        for name, (shape, _) in headers(parent).items()
+        if not name.endswith(IGNORED) and not (tied and name == "lm_head.weight")
+    )
+    return {
+        "tensor_bytes": tensor_bytes,
+        "weights": weights,
+        "bits_per_weight": 8 * tensor_bytes / weights,
+        "quantized_weights": None,
+        "bits_per_quantized_weight": None,
+        "left_alone": {},
+        "kept_by_setting": [],
     }
 
 

@@ -17,7 +17,8 @@ class Subject:
     """One saved artefact, loaded, and how to measure it.
 
     artefact: the folder as the method saved it. blocks: evaluation tokens. prompt_tokens,
-    new_tokens: lengths for latency.
+    new_tokens: lengths for latency. parent: the model's folder, where the artefact is in another
+    library's format.
     """
 
     runner: Runner
@@ -25,3 +26,4 @@ class Subject:
     blocks: Blocks
     prompt_tokens: int
     new_tokens: int
+    parent: Path | None = None

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -366,6 +367,21 @@ def test_what_was_left_alone_by_role(sized):
         "norm": GPT2_NORM,
         "bias": GPT2_BIAS,
     }
+
+
+def test_another_librarys_files_count_against_the_parents_weights(tmp_path, tiny_llama, tiny_gpt2):
+    (tmp_path / "model.gguf").write_bytes(b"x" * 1000)
+    (tmp_path / "config.json").write_bytes(b"{}")
+    (tmp_path / "tokenizer.json").write_bytes(b"x" * 5000)
+    weights = {
+        tiny_llama: LLAMA_LINEAR + 2 * 257 * 64 + LLAMA_NORM,
+        tiny_gpt2: GPT2_LINEAR + GPT2_NORM + GPT2_BIAS + GPT2_EMBEDDING,  # its head is tied
+    }
+    for parent, count in weights.items():
+        values = size(replace(subject(artefact=tmp_path), parent=parent), quiet)
+        assert values["size_bytes"] == 1002, "the tokenizer is no part of the model"
+        assert (values["tensor_bytes"], values["weights"]) == (1000, count)
+        assert values["bits_per_weight"] == 8000 / count
 
 
 @pytest.mark.parametrize("method, bits", [("none", 32), ("cast", 16), ("cast(dtype=float16)", 16)])
