@@ -1,4 +1,4 @@
-"""`python -m bench`: run, list, leaderboard, show, doctor.
+"""`python -m bench`: run, compress, list, leaderboard, show, doctor.
 
 Exit codes: 0 fine; 1 something found is unusable, or a method failed; 2 the command line names
 or sets something that cannot be. Errors are one line; `--debug` adds the traceback.
@@ -131,6 +131,41 @@ def run(
     write_leaderboard(results)
     if any(record["status"] != "ok" for record in done):
         raise typer.Exit(1)
+
+
+@app.command()
+def compress(
+    method: Annotated[str, typer.Argument(help="name or name(setting=value,...); see `list`.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to make.", metavar="OUT")],
+    model: Annotated[str, typer.Option(help="Alias, hub id, folder or GGUF file.")] = MODEL,
+    calibration: Annotated[str, typer.Option(help="Text to calibrate on.")] = "sample",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 64,
+    length: Annotated[int, typer.Option(min=1, help="Tokens in a calibration sample.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of every random draw.")] = 0,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout-s", min=0, help="Seconds that it may take.")
+    ] = 3600.0,
+    debug: Debug = False,
+) -> None:
+    """Compress a model with one method into a folder that stands alone, tokenizer included.
+
+    It is the artefact that `run` measures; what `run` has made already is taken from the cache.
+    """
+    from bench.export import export
+    from bench.run import Request
+
+    request = Request(
+        model=model,
+        methods=method,
+        data=calibration,
+        samples=samples,
+        length=length,
+        seed=seed,
+        timeout_s=timeout_s,
+    )
+    with watching() as (watch, _):
+        size = export(request, folder, watch(method))
+    out.print(f"{folder}: {size / 1e6:.1f} MB", markup=False)
 
 
 @app.command("list")

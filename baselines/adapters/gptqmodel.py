@@ -60,7 +60,13 @@ class GptqModel(Peer):
         self, model: Any, calibration: Tensor | None = None, progress: Progress = silent
     ) -> Any:
         """Quantize, one sample in a batch."""
-        model.quantize(samples(calibration), batch_size=1)
+        options = {}
+        if self.algorithm == "awq":
+            from gptqmodel import BACKEND
+
+            # Packs to the same bytes; the kernel that it would choose validates with CUDA only.
+            options["backend"] = BACKEND.AWQ_TORCH
+        model.quantize(samples(calibration), batch_size=1, **options)
         return model
 
     def save(self, compressed: Any, folder: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from baselines.peer import Peer, read_transformers, samples
@@ -60,7 +61,11 @@ class LlmCompressor(Peer):
         """Run the recipe, block by block."""
         from datasets import Dataset
         from llmcompressor import oneshot
+        from llmcompressor.pipelines.cache import IntermediatesCache
 
+        if not torch.accelerator.is_available():
+            # AWQ pins memory for copies to a GPU, which fails where there is none.
+            IntermediatesCache.pin_memory = lambda *arguments, **options: None
         rows = samples(calibration)
         oneshot(  # each modifier sees what the one before it made: its default pipeline
             model=model,

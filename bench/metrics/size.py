@@ -24,7 +24,9 @@ BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, 
 
 
 def size(subject: Subject, progress: Progress) -> dict[str, Any]:
-    """size_bytes: all files but the tokenizer's. tensor_bytes: the tensors alone. weights: how many numbers they mean.
+    """size_bytes: all files but the tokenizer's. tensor_bytes: the tensors alone.
+
+    weights: how many numbers they mean.
 
     bits_per_weight = 8 * tensor_bytes / weights; bits_per_quantized_weight the same over the
     quantized matrices alone (None if there is none), quantized_weights their number.

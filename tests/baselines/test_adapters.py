@@ -3,8 +3,11 @@
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 from bench import environments
 from bench.run import GROUPS, METHOD_PACKAGES
@@ -27,8 +30,11 @@ def found_by_the_bench():
 PEERS = found_by_the_bench()
 
 
-def test_there_are_some():
-    assert {"torchao:int8", "torchao:int8_dynamic", "torchao:int4"} <= PEERS.keys()
+def test_all_are_found():
+    assert {name.partition(":")[0] for name in PEERS} == {
+        *("auto_gptq", "auto_round", "autoawq", "bitsandbytes", "gptqmodel", "hqq", "llama_cpp"),
+        *("llmcompressor", "onnxruntime", "quanto", "torch_dynamic", "torchao"),
+    }
 
 
 @pytest.mark.parametrize("name", sorted(PEERS))
@@ -51,6 +57,73 @@ def test_finding_adapters_imports_no_library():
     assert done.stdout.strip().endswith("[]"), done.stderr or done.stdout
 
 
-def test_refusals():
-    with pytest.raises(ValueError, match="kind must be int8, int8_dynamic or int4, not 'int3'"):
-        replace(PEERS["torchao:int8"], kind="int3")
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("torchao:int8", {"kind": "int3"}),
+        ("bitsandbytes:int8", {"kind": "fp4"}),
+        ("onnxruntime:fp32", {"kind": "int3"}),
+        ("llama_cpp:q8_0", {"kind": "q9_0"}),
+        ("llama_cpp:q8_0", {"embeddings": "f8"}),
+        ("gptqmodel:gptq", {"algorithm": "rtn"}),
+        ("llmcompressor:gptq", {"algorithm": "rtn"}),
+        ("llmcompressor:gptq", {"act_order": "maybe"}),
+        ("quanto:int8", {"bits": 3}),
+    ],
+)
+def test_refusals(name, wrong):
+    [(setting, value)] = wrong.items()
+    with pytest.raises(ValueError, match=f"{setting} must be .* not '?{value}'?"):
+        replace(PEERS[name], **wrong)
+
+
+def test_what_a_library_left_out_is_an_error():
+    from baselines.peer import refuse_left_out
+
+    class Packed(nn.Module):
+        pass
+
+    decoder = nn.Sequential(nn.Linear(4, 4), Packed())
+    with pytest.raises(ValueError, match="lib left 1 layers as they were, such as 0"):
+        refuse_left_out("lib", SimpleNamespace(base_model=decoder))
+    decoder[0] = Packed()
+    refuse_left_out("lib", SimpleNamespace(base_model=decoder, lm_head=nn.Linear(4, 4)))
+
+
+def test_gpt2s_layers_become_the_type_that_libraries_look_for(tiny_gpt2):
+    from transformers import AutoModelForCausalLM
+
+    from baselines.peer import is_plain, plain_linears
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2).eval()
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        after = plain_linears(model)(ids).logits
+    assert torch.allclose(before, after, atol=1e-6)
+    plain = [layer for layer in model.base_model.modules() if is_plain(layer)]
+    assert {type(layer) for layer in plain} == {nn.Linear} and len(plain) == 8
+
+
+def test_logits_in_chunks_are_the_logits():
+    from baselines.peer import WholeLogits
+
+    class Library(WholeLogits):
+        def logits(self, ids):
+            return ids[..., None] * torch.arange(3.0)
+
+    ids = torch.arange(14).view(2, 7)
+    found = torch.full((14, 3), -1.0)
+    for piece, logits in Library().logit_chunks(ids, 3):
+        assert len(logits) <= 3
+        found[piece] = logits
+    assert torch.equal(found, Library().logits(ids).flatten(0, 1))
+
+
+def test_rotary_pairs_lie_side_by_side_in_gguf():
+    from baselines.adapters.llama_cpp import interleaved
+
+    # two heads of width 4: channel c turns with c + 2
+    rows = torch.arange(8.0)[:, None].expand(8, 3)
+    assert interleaved(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert interleaved(torch.arange(8.0), 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]

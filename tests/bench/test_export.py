@@ -1,0 +1,63 @@
+"""`bench compress`: one method's artefact as a folder that stands alone; refusals."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import cli, models
+from bench.errors import UsageError
+from bench.export import export
+from bench.run import Request
+from compress import TorchRunner, checkpoint
+
+SMALL = Request(model="tiny-llama", samples=4, length=32, threads=1)
+
+
+def quiet(unit, done, total):
+    pass
+
+
+def test_a_plain_result_is_a_model_that_other_programs_read(tmp_path):
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path / "made" / "rotated"
+    written = export(replace(SMALL, methods="rotate(seed=3)"), folder, quiet)
+    assert written == sum(file.stat().st_size for file in folder.iterdir())
+    ids = AutoTokenizer.from_pretrained(folder)("some text", return_tensors="pt").input_ids
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ours = TorchRunner(checkpoint.load(folder)).logits(ids)
+    with torch.no_grad():
+        assert torch.allclose(plain(ids).logits, ours, atol=1e-4)
+    base = models.resolve("tiny-llama")
+    lineage = json.loads((folder / "lineage.json").read_text())
+    assert lineage["source"] == "rotate(seed=3) of tiny-llama"
+    assert lineage["origin"]["base"]["revision"] == base.revision
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"], "for transformers 4"
+    again = models.resolve(str(folder))
+    assert again.alias == "rotated" and again.revision != base.revision
+
+
+def test_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["compress", "rtn(bits=3,group_size=32)", "small", "--model", "tiny-llama"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert not ended.value.code and capsys.readouterr().out.startswith("small: 0.")
+    assert checkpoint.layer_specs(tmp_path / "small")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2 and "small is there already" in capsys.readouterr().err
+
+
+def test_refusals(tmp_path):
+
+    for methods in ("rtn,cast", "none,cast"):
+        with pytest.raises(UsageError, match="one folder holds what one method makes"):
+            export(replace(SMALL, methods=methods), tmp_path / "no", quiet)
+    with pytest.raises(ValueError, match="group_size"):
+        export(replace(SMALL, methods="rtn(group_size=5)"), tmp_path / "no", quiet)
+    assert not (tmp_path / "no").exists()
