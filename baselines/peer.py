@@ -67,10 +67,19 @@ class WholeLogits:
 
 
 def read_transformers(folder: Path, **options: Any) -> Any:
-    """The model in `folder`, in evaluation mode. options: for from_pretrained (dtype, ...)."""
+    """The model in `folder`, in evaluation mode. options: for from_pretrained (dtype, ...).
+
+    Raises ValueError if the folder lacks a tensor.
+    """
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options).eval()
+    auto: Any = AutoModelForCausalLM
+    model, loaded = auto.from_pretrained(
+        folder, local_files_only=True, output_loading_info=True, **options
+    )
+    if missing := loaded["missing_keys"]:  # else they would be random numbers
+        raise ValueError(f"{folder} lacks {len(missing)} tensors, such as {min(missing)}")
+    return model.eval()
 
 
 def plain_linears(model: Any) -> Any:

@@ -142,14 +142,19 @@ def compress(
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 64,
     length: Annotated[int, typer.Option(min=1, help="Tokens in a calibration sample.")] = 512,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of every random draw.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads to compute with.", show_default="all cores")
+    ] = None,
     timeout_s: Annotated[
         float, typer.Option("--timeout-s", min=0, help="Seconds that it may take.")
     ] = 3600.0,
     debug: Debug = False,
 ) -> None:
-    """Compress a model with one method into a folder that stands alone, tokenizer included.
+    """Compress a model with one method into a folder, its tokenizer and its lineage included.
 
-    It is the artefact that `run` measures; what `run` has made already is taken from the cache.
+    The weights are those that `run` makes and measures with the same settings and threads, and come
+    from the cache if they are there. `none`, `cast` and `rotate` give models that transformers
+    reads; other methods of ours are read by `compress.load`, `bench` and `finetune`.
     """
     from bench.export import export
     from bench.run import Request
@@ -161,6 +166,7 @@ def compress(
         samples=samples,
         length=length,
         seed=seed,
+        threads=threads,
         timeout_s=timeout_s,
     )
     with watching() as (watch, _):

@@ -161,15 +161,16 @@ def _heading(group: Group) -> list[str]:
 
 def _versions(group: Group) -> dict[str, str]:
     """What the newest records ran on: under `software`, and a peer's own under its environment."""
-    found = {}
+    found: dict[str, dict[str, str]] = {}
     for record in sorted(group, key=_started):
         job = record["job"]
         name = job["environment"].rpartition("-")[0] if ":" in job["method"] else "software"
         if record["packages"]:  # a peer whose environment is missing has none
-            found[name] = " ".join(
-                f"{part} {number}" for part, number in record["packages"].items()
-            )
-    return found
+            found.setdefault(name, {}).update(record["packages"])
+    return {
+        name: " ".join(f"{part} {number}" for part, number in packages.items())
+        for name, packages in found.items()
+    }
 
 
 def _started(record: Record) -> str:

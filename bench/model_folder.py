@@ -1,10 +1,11 @@
-"""Write a model as a folder that stands alone: config, weights, tokenizer, where it comes from."""
+"""Write a model as a folder: config, weights, tokenizer, and where it comes from."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from compress import checkpoint
+from compress.layers import is_tied
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
 
@@ -16,28 +17,37 @@ def write(model: Any, tokenizer: Any, folder: Path, lineage: dict[str, Any]) -> 
 
 
 def complete(folder: Path, tokenizer: Any, lineage: dict[str, Any]) -> None:
-    """Put beside saved weights what is missing for other programs to read them.
+    """Put a tokenizer and lineage.json beside saved weights, and mend config.json.
 
-    transformers 4, which some peers need, then reads the same model. lineage: what `lineage.json`
-    says; at least `source`, one line for people.
+    transformers 4, which some peers need, then reads the same model if it is a plain one; one with
+    compressed layers is read by `compress.load`, and names no architecture for others to fill with
+    random numbers. lineage: at least `source`, one line for people.
     """
-    tokenizer.save_pretrained(folder)
-
+    add_tokenizer(folder, tokenizer, lineage)
     config = checkpoint.read_json(folder / "config.json")
     config.pop("transformers_version", None)  # equal models get equal bytes
     config = {key: value for key, value in config.items() if not key.startswith("_")}
-    kind = config["model_type"]
-    config["architectures"] = [ARCHITECTURES[kind]]
-    config.setdefault("tie_word_embeddings", kind == "gpt2")  # what leaving it out means there
+    config.pop("architectures", None)
+    if not checkpoint.layer_specs(folder):
+        config["architectures"] = [ARCHITECTURES[config["model_type"]]]
+    config["tie_word_embeddings"] = is_tied(config)
     if "rope_parameters" in config:
         config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    _write(folder / "config.json", config)
 
+
+def add_tokenizer(folder: Path, tokenizer: Any, lineage: dict[str, Any]) -> None:
+    """Put the tokenizer and lineage.json into `folder`."""
+    tokenizer.save_pretrained(folder)
     settings = checkpoint.read_json(folder / "tokenizer_config.json")
     # The class that takes tokenizer.json as it is; GPT2Tokenizer would put its own splitter in.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     for private in ("backend", "is_local", "local_files_only"):
         settings.pop(private, None)
 
-    files = {"config.json": config, "tokenizer_config.json": settings, "lineage.json": lineage}
-    for name, value in files.items():
-        (folder / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    _write(folder / "tokenizer_config.json", settings)
+    _write(folder / "lineage.json", lineage)
+
+
+def _write(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -17,9 +17,8 @@ from bench.launch import ROOT, Report, Task, launch, start_server
 from bench.machine import cores, machine, packages
 from bench.metrics import METRICS
 from bench.source_hash import source_hash
-from compress import registry
+from compress import checkpoint, registry
 from compress.base import Compressor
-from compress.checkpoint import read_json
 from results import store
 
 GROUPS = {"ours": "compress.methods", "peers": "baselines.adapters"}  # for every method there
@@ -62,7 +61,10 @@ def plan(request: Request) -> list[Task]:
     model = models.resolve(request.model)
     protocol = protocol_for(model, request)
     tasks = {}
+    compressed = bool(checkpoint.layer_specs(model.folder))
     for name, method in compressors:
+        if method.env and compressed:
+            raise UsageError(f"{model.alias} is compressed already, in a format {name} cannot read")
         drawn = None
         if method.needs_calibration:
             drawn = {
@@ -207,7 +209,7 @@ def chosen_metrics(text: str | None) -> tuple[str, ...]:
 
 def protocol_for(model: models.Model, request: Request) -> dict[str, Any]:
     """How to measure, within the model's context length. Raises UsageError beyond it."""
-    config = read_json(model.folder / "config.json")
+    config = checkpoint.read_json(model.folder / "config.json")
     context = config.get("max_position_embeddings") or config.get("n_positions") or sys.maxsize
     window = request.window or min(WINDOW, context)
     for option, value in (("--window", window), ("--length", request.length)):

@@ -110,7 +110,7 @@ def measure(box: Path, job: Job, task: dict[str, Any]) -> None:
         blocks=blocks,
         prompt_tokens=protocol["prompt_tokens"],
         new_tokens=protocol["new_tokens"],
-        parent=model.folder if method.env else None,
+        made_from=model.folder if method.env else None,
     )
     values: dict[str, Any] = {"load_s": load_s}
     for name in job.metrics:

@@ -9,6 +9,7 @@ the only one that knows it. Another model family is one more entry in FAMILIES.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,11 @@ def named_linears(
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and not name.endswith(skip):
             yield name, module
+
+
+def is_tied(config: dict[str, Any]) -> bool:
+    """Whether a config.json means that the head is the embedding; GPT-2's leave it unsaid."""
+    return bool(config.get("tie_word_embeddings", config.get("model_type") == "gpt2"))
 
 
 class LinearFromConv1D(nn.Linear):

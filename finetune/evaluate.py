@@ -132,11 +132,11 @@ def _about(settings: Settings, found: models.Model) -> dict[str, Any]:
     if (found.folder / checkpoint.ABOUT).exists():
         compression = checkpoint.read_json(found.folder / checkpoint.ABOUT)
         about["compression"] = {key: compression.get(key) for key in ("method", "settings")}
-        if settings.tokenizer:
-            about["parent"] = find(settings.tokenizer).revision
-    elif lineage := models.lineage(found):
+    if lineage := models.lineage(found):
         about["lineage"] = lineage
         about["parent"] = lineage.get("origin", {}).get("base", {}).get("revision")
+    if "compression" in about and settings.tokenizer:
+        about["parent"] = find(settings.tokenizer).revision
     return about
 
 

@@ -6,7 +6,9 @@ and AWQ formats and run on the library's own CPU kernels.
 Source: https://github.com/ModelCloud/GPTQModel (QuantizeConfig, GPTQModel.quantize)
 """
 
+import contextlib
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -66,7 +68,8 @@ class GptqModel(Peer):
 
             # Packs to the same bytes; the kernel that it would choose validates with CUDA only.
             options["backend"] = BACKEND.AWQ_TORCH
-        model.quantize(samples(calibration), batch_size=1, **options)
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # it leaves logs
+            model.quantize(samples(calibration), batch_size=1, **options)
         return model
 
     def save(self, compressed: Any, folder: Path) -> None:

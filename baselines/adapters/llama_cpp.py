@@ -24,6 +24,7 @@ from torch import Tensor
 from baselines.peer import Peer, WholeLogits
 from compress.base import Progress, Runner, silent
 from compress.checkpoint import IGNORED
+from compress.layers import is_tied
 from compress.registry import register
 
 MODEL = "model.gguf"
@@ -173,9 +174,7 @@ def to_gguf(folder: Path, file: Path) -> None:
     for source in sorted(folder.glob("*.safetensors")):
         with safe_open(source, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                tied = (
-                    config.get("tie_word_embeddings", kind == "gpt2") and name == "lm_head.weight"
-                )
+                tied = is_tied(config) and name == "lm_head.weight"
                 if tied or name.endswith(IGNORED):
                     continue
                 tensor = tensors.get_tensor(name).float()

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from bench.metrics.subject import Progress, Subject
 from compress.checkpoint import IGNORED, layer_specs, read_json, weight_files
+from compress.layers import is_tied
 
 FOREIGN = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx_data")  # files of weights
 NOT_OF_THE_MODEL = (  # some libraries copy the tokenizer; our artefacts hold none
@@ -41,8 +42,8 @@ def size(subject: Subject, progress: Progress) -> dict[str, Any]:
         for file in folder.rglob("*")
         if file.is_file() and file.name not in NOT_OF_THE_MODEL
     )
-    if subject.parent is not None:
-        return foreign(folder, subject.parent) | {"size_bytes": size_bytes}
+    if subject.made_from is not None:
+        return foreign(folder, subject.made_from) | {"size_bytes": size_bytes}
     specs = layer_specs(folder)
     about = read_json(folder / "compression.json") if specs else {}
     quantized = {name: spec["in_features"] * spec["out_features"] for name, spec in specs.items()}
@@ -58,7 +59,7 @@ def size(subject: Subject, progress: Progress) -> dict[str, Any]:
         role = role_of(name, tensors[name][0])
         left_alone[role] = left_alone.get(role, 0) + math.prod(tensors[name][0])
     quantized_weights = sum(quantized.values())
-    tied = read_json(folder / "config.json").get("tie_word_embeddings", False)
+    tied = is_tied(read_json(folder / "config.json"))
     twice = sum(count for name, count in quantized.items() if tied and name == "lm_head")
     weights = quantized_weights - twice + sum(left_alone.values())
     tensor_bytes = sum(count for _, count in tensors.values())
@@ -75,10 +76,14 @@ def size(subject: Subject, progress: Progress) -> dict[str, Any]:
 
 
 def foreign(folder: Path, parent: Path) -> dict[str, Any]:
-    """What can be said of an artefact in another library's format; see size."""
+    """What can be said of an artefact in another library's format; see size.
+
+    tensor_bytes are those of whole files. Raises ValueError if none of them holds weights.
+    """
     tensor_bytes = sum(file.stat().st_size for kind in FOREIGN for file in folder.rglob(kind))
-    config = read_json(parent / "config.json")
-    tied = config.get("tie_word_embeddings", config.get("model_type") == "gpt2")
+    if not tensor_bytes:
+        raise ValueError(f"{folder} holds no file of weights: none of {', '.join(FOREIGN)}")
+    tied = is_tied(read_json(parent / "config.json"))
     weights = sum(
         math.prod(shape)
         for name, (shape, _) in headers(parent).items()

@@ -17,7 +17,7 @@ class Subject:
     """One saved artefact, loaded, and how to measure it.
 
     artefact: the folder as the method saved it. blocks: evaluation tokens. prompt_tokens,
-    new_tokens: lengths for latency. parent: the model's folder, where the artefact is in another
+    new_tokens: lengths for latency. made_from: the model's folder, where the artefact is in another
     library's format.
     """
 
@@ -26,4 +26,4 @@ class Subject:
     blocks: Blocks
     prompt_tokens: int
     new_tokens: int
-    parent: Path | None = None
+    made_from: Path | None = None

@@ -1,5 +1,6 @@
 """Adapters, without their libraries: found, named, in an environment that there is; refusals."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bench import environments
@@ -88,6 +90,20 @@ def test_what_a_library_left_out_is_an_error():
         refuse_left_out("lib", SimpleNamespace(base_model=decoder))
     decoder[0] = Packed()
     refuse_left_out("lib", SimpleNamespace(base_model=decoder, lm_head=nn.Linear(4, 4)))
+
+
+def test_a_file_that_lacks_weights_is_refused(tiny_llama, tmp_path):
+    from baselines.peer import read_transformers
+
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"lacks 1 tensors, such as model\.layers\.1\.mlp\.up_proj"
+    ):
+        read_transformers(tmp_path / "model")
+    assert read_transformers(tiny_llama).config.model_type == "llama"
 
 
 def test_gpt2s_layers_become_the_type_that_libraries_look_for(tiny_gpt2):

@@ -48,16 +48,47 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
         cli.main(arguments)
     assert not ended.value.code and capsys.readouterr().out.startswith("small: 0.")
     assert checkpoint.layer_specs(tmp_path / "small")
+    assert "architectures" not in json.loads((tmp_path / "small" / "config.json").read_text())
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
     assert ended.value.code == 2 and "small is there already" in capsys.readouterr().err
 
 
-def test_refusals(tmp_path):
+def test_it_is_the_artefact_of_a_run_and_comes_from_the_cache(tmp_path, planted):
+    text = tmp_path / "short.txt"  # too short, and too much alike, to be measured on as well
+    text.write_text("The same line again and again.\n" * 40)
+    request = replace(SMALL, methods=planted(), data=str(text))
+    export(request, tmp_path / "a", quiet)
+    export(request, tmp_path / "b", quiet)
+    assert len(planted.calls()) == 1, "compressed once, and never loaded to be measured"
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    [made] = (tmp_path / "cache" / "artefacts").rglob("model.safetensors")
+    assert weights[0] == weights[1] == made.read_bytes()
 
-    for methods in ("rtn,cast", "none,cast"):
+
+def test_an_evaluation_of_it_knows_its_parent(tmp_path):
+    from finetune.decoding.loading import find
+    from finetune.evaluate import Settings, _about
+
+    export(replace(SMALL, methods="rtn(group_size=32)"), tmp_path / "small", quiet)
+    about = _about(Settings(model=str(tmp_path / "small")), find(str(tmp_path / "small")))
+    assert about["parent"] == models.resolve("tiny-llama").revision
+    assert about["compression"]["method"] == "Rtn"
+
+
+def test_refusals(tmp_path, planted):
+    for methods in ("rtn,cast", "none,cast", "rtn,none", "ours"):
         with pytest.raises(UsageError, match="one folder holds what one method makes"):
             export(replace(SMALL, methods=methods), tmp_path / "no", quiet)
-    with pytest.raises(ValueError, match="group_size"):
-        export(replace(SMALL, methods="rtn(group_size=5)"), tmp_path / "no", quiet)
+    with pytest.raises(ValueError, match="compress: planted fault"):
+        export(replace(SMALL, methods=planted(fault="raise")), tmp_path / "no", quiet)
     assert not (tmp_path / "no").exists()
+
+
+def test_a_compressed_model_is_refused_where_a_peer_would_fill_it_with_random_numbers(tmp_path):
+    from bench import run
+
+    export(replace(SMALL, methods="rtn(group_size=32)"), tmp_path / "small", quiet)
+    request = replace(SMALL, model=str(tmp_path / "small"), methods="torchao:int8")
+    with pytest.raises(UsageError, match="small is compressed already"):
+        run.plan(request)

@@ -219,7 +219,9 @@ def test_each_environment_says_what_ran_in_it():
     peer["packages"] = {"torch": "2.6.0", "lib": "1.2"}
     gone = make("lib:awq", 22.0, started=late, environment="lib-wanted-0a1b2c")
     gone["packages"] = {}
-    lines = board.to_markdown([make(), peer, gone]).splitlines()
+    failed = make("lib:rtn", 23.0, started=late, environment="lib-0a1b2c")
+    failed["packages"] = {"torch": "2.6.0"}  # a failed job knows only what all have
+    lines = board.to_markdown([make(), peer, gone, failed]).splitlines()
     assert "- lib: torch 2.6.0 lib 1.2" in lines
     [software] = [line for line in lines if line.startswith("- software")]
     assert "torch 2.13.0;" in software and not any(line.startswith("- lib-") for line in lines)

@@ -378,10 +378,13 @@ def test_another_librarys_files_count_against_the_parents_weights(tmp_path, tiny
         tiny_gpt2: GPT2_LINEAR + GPT2_NORM + GPT2_BIAS + GPT2_EMBEDDING,  # its head is tied
     }
     for parent, count in weights.items():
-        values = size(replace(subject(artefact=tmp_path), parent=parent), quiet)
+        values = size(replace(subject(artefact=tmp_path), made_from=parent), quiet)
         assert values["size_bytes"] == 1002, "the tokenizer is no part of the model"
         assert (values["tensor_bytes"], values["weights"]) == (1000, count)
         assert values["bits_per_weight"] == 8000 / count
+    (tmp_path / "model.gguf").rename(tmp_path / "model.bin")
+    with pytest.raises(ValueError, match="holds no file of weights"):
+        size(replace(subject(artefact=tmp_path), made_from=tiny_llama), quiet)
 
 
 @pytest.mark.parametrize("method, bits", [("none", 32), ("cast", 16), ("cast(dtype=float16)", 16)])

@@ -1,10 +1,11 @@
-"""Records' perplexity beside programs that share no code with the bench, each in its environment.
+"""Records' perplexity beside outside programs, each in its own environment.
 
     python tests/benchmarks/outside_perplexity.py RECORD.json ... [--windows 4] [--model PATH]
 
 A record of `none` is compared with lm-eval's rolling log-likelihood of the model, each window a
-document whose first token is its prefix; a peer's record with the artefact as its own library loads
-it and torch's cross entropy. Prints both perplexities and their relative difference.
+document whose first token is its prefix; a peer's record with the artefact as its own library, or
+transformers, loads it, and torch's cross entropy. Windows of tokens are the bench's; loading and
+scoring are not. Prints both perplexities and their relative difference.
 
 --windows: only the first so many, 0 for all. --model: the record's model, where its name is that of
 a folder. Needs the records' artefacts in the cache and, for `none`, `python -m baselines setup
@@ -56,7 +57,8 @@ TRANSFORMERS = """
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(folder).eval()
 """
-LOADS = {
+LOADS = {  # by library; the others' files are read by no plain script of a few lines
+    **dict.fromkeys(("llmcompressor", "bitsandbytes", "hqq", "auto_round"), TRANSFORMERS),
     "gptqmodel": """
 import os
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
@@ -93,6 +95,8 @@ def compared(record: dict[str, Any], count: int, name: str | None) -> tuple[floa
     model = models.resolve(name or job["model"])
     if model.revision != job["revision"]:
         raise SystemExit(f"{model.folder} is not the model of the record; give it with --model")
+    if data.fingerprint(job["data"]) != job["data_sha"]:
+        raise SystemExit(f"data {job['data']!r} is not what the record was measured on")
     protocol = job["protocol"]
     blocks = data.evaluation_blocks(
         job["data"], models.tokenizer(model), protocol["window"], protocol["limit"]
@@ -102,12 +106,12 @@ def compared(record: dict[str, Any], count: int, name: str | None) -> tuple[floa
     library = job["method"].partition(":")[0]
     if library == "none":
         environment, code, folder = "lm_eval", LM_EVAL, model.folder
-    elif ":" in job["method"]:
-        environment, code = library, PLAIN.format(load=LOADS.get(library, TRANSFORMERS))
+    elif library in LOADS:
+        environment, code = library, PLAIN.replace("{load}", LOADS[library])
         artefacts = cache_dir() / "artefacts" / machine()["name"]
         folder = artefacts / record["compress_key"] / "model"
     else:
-        raise SystemExit(f"{job['method']}: compare `none` or a peer's method")
+        raise SystemExit(f"{job['method']}: compare `none` or a method of {', '.join(LOADS)}")
     sums = outside(environment, code, folder, windows, job["threads"])
     ours = math.exp(math.fsum(values["block_nll_nats"][: len(windows)]) / scored)
     return ours, math.exp(math.fsum(sums) / scored), environment

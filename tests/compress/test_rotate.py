@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import compress
 from compress import layers
-from compress.methods.rotate import rotation
+from compress.methods.rotate import random_rotation
 from compress.quant_math import fit_range, grouped, rounded
 
 
@@ -39,17 +40,17 @@ def rtn_error(weight):
 
 @pytest.mark.parametrize("keep_ones", [False, True])
 def test_a_rotation_is_orthogonal_and_drawn_by_its_seed(keep_ones):
-    turn = rotation(48, 3, keep_ones)
+    turn = random_rotation(48, 3, keep_ones)
     assert (turn @ turn.T - torch.eye(48, dtype=torch.float64)).abs().max() < 1e-13
-    assert torch.equal(turn, rotation(48, 3, keep_ones))
-    assert not torch.equal(turn, rotation(48, 4, keep_ones))
+    assert torch.equal(turn, random_rotation(48, 3, keep_ones))
+    assert not torch.equal(turn, random_rotation(48, 4, keep_ones))
     ones = torch.ones(48, dtype=torch.float64)
     assert torch.allclose(ones @ turn, ones) == keep_ones
 
 
-def test_rotations_are_drawn_evenly():
-    # Of all orthogonal 2 x 2 matrices half are reflections, and Q[0, 0] is cos of an even angle.
-    drawn = torch.stack([rotation(2, seed) for seed in range(400)])
+def test_rotations_are_uniform():
+    # Half of all orthogonal 2 x 2 matrices are reflections; Q[0, 0] is cos of a uniform angle.
+    drawn = torch.stack([random_rotation(2, seed) for seed in range(400)])
     for share in (
         torch.linalg.det(drawn) > 0,
         drawn[:, 0, 0].abs() < 0.5**0.5,
@@ -70,6 +71,41 @@ def test_the_function_stays_and_the_weights_do_not(gainful):
     assert torch.allclose(new.norm(dim=0), old.norm(dim=0), rtol=1e-5)
     gains = [p for n, p in rotated.named_parameters() if n.endswith(("norm.weight", "ln_1.weight"))]
     assert gains and all((gain == 1).all() for gain in gains)
+
+
+def test_gains_of_zero_lose_nothing(gpt2, llama):
+    for model, norm in ((gpt2, "transformer.ln_f"), (llama, "model.norm")):
+        gains = model.get_submodule(norm).weight
+        gains.data[3], gains.data[5] = 0, 1e-6
+        before = logits(model)
+        after = logits(compress.apply("rotate", model))
+        assert (after - before).abs().max() < 2e-5 * before.abs().max()
+
+
+def test_a_llama_with_biases_and_a_tied_head():
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, attention_bias=True, mlp_bias=True,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    before = logits(model)
+    rotated = compress.apply("rotate", model)
+    assert (logits(rotated) - before).abs().max() < 2e-5 * before.abs().max()
+    assert rotated.lm_head.weight is not rotated.model.embed_tokens.weight
+
+
+def test_refusals_come_before_anything_is_changed(model):
+    small = compress.apply("rtn(group_size=32)", model)
+    before = {name: values.clone() for name, values in small.named_parameters()}
+    with pytest.raises(ValueError, match="is compressed already: rotate first"):
+        compress.apply("rotate", small)
+    assert all(torch.equal(values, before[name]) for name, values in small.named_parameters())
+    with pytest.raises(ValueError, match="dtype"):
+        compress.get("rotate", dtype="int4")
 
 
 def test_weights_leave_the_grid_that_they_lay_on(llama):
