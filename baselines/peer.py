@@ -112,8 +112,33 @@ def refuse_left_out(
         )
 
 
-def samples(calibration: Tensor | None) -> list[dict[str, list[int]]]:
-    """(samples, length) token ids as the rows that libraries take: input_ids, attention_mask."""
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def fill(model: Any, tensors: dict[str, Tensor], folder: Path) -> Any:
+    """`model`, empty until now, with the tensors that were read from `folder`.
+
+    Raises ValueError if one is missing, but for a tied head's, or belongs nowhere.
+    """
+    missing, surplus = model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    if surplus or set(missing) - {"lm_head.weight"}:
+        raise ValueError(f"{folder} lacks {missing} or has {surplus} too many")
+    return model
+
+
+def required(calibration: Tensor | None) -> Tensor:
+    """The calibration samples. Raises ValueError if there are none."""
     if calibration is None:
         raise ValueError("this method needs calibration samples")
-    return [{"input_ids": row, "attention_mask": [1] * len(row)} for row in calibration.tolist()]
+    return calibration
+
+
+def samples(calibration: Tensor | None) -> list[dict[str, list[int]]]:
+    """(samples, length) token ids as the rows that libraries take: input_ids, attention_mask."""
+    rows = required(calibration).tolist()
+    return [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]

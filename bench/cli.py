@@ -21,6 +21,15 @@ from results import store
 
 app = new_app("Make language models smaller, measure what was saved, and rank the results.")
 Results = Annotated[Path, typer.Option("--results", help="Folder of records.", metavar="DIR")]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
+Length = Annotated[int, typer.Option(min=1, help="Tokens in a calibration sample.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of every random draw.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads to compute with.", show_default="all cores")
+]
+Timeout = Annotated[
+    float, typer.Option("--timeout-s", min=0, help="Seconds that one job may take.")
+]
 DEFAULT_RESULTS = Path("results")
 MODEL = "smollm2-135m"
 
@@ -54,8 +63,8 @@ def run(
     calibration: Annotated[
         str | None, typer.Option(help="Text to calibrate on.", show_default="same as --data")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 64,
-    length: Annotated[int, typer.Option(min=1, help="Tokens in a calibration sample.")] = 512,
+    samples: Samples = 64,
+    length: Length = 512,
     window: Annotated[
         int | None,
         typer.Option(
@@ -74,13 +83,9 @@ def run(
     metrics: Annotated[
         str | None, typer.Option(help="Metrics, parted by commas.", show_default="all")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of every random draw.")] = 0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads to compute with.", show_default="all cores")
-    ] = None,
-    timeout_s: Annotated[
-        float, typer.Option("--timeout-s", min=0, help="Seconds that one job may take.")
-    ] = 3600.0,
+    seed: Seed = 0,
+    threads: Threads = None,
+    timeout_s: Timeout = 3600.0,
     results: Results = DEFAULT_RESULTS,
     debug: Debug = False,
 ) -> None:
@@ -139,15 +144,11 @@ def compress(
     folder: Annotated[Path, typer.Argument(help="Folder to make.", metavar="OUT")],
     model: Annotated[str, typer.Option(help="Alias, hub id, folder or GGUF file.")] = MODEL,
     calibration: Annotated[str, typer.Option(help="Text to calibrate on.")] = "sample",
-    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 64,
-    length: Annotated[int, typer.Option(min=1, help="Tokens in a calibration sample.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of every random draw.")] = 0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads to compute with.", show_default="all cores")
-    ] = None,
-    timeout_s: Annotated[
-        float, typer.Option("--timeout-s", min=0, help="Seconds that it may take.")
-    ] = 3600.0,
+    samples: Samples = 64,
+    length: Length = 512,
+    seed: Seed = 0,
+    threads: Threads = None,
+    timeout_s: Timeout = 3600.0,
     debug: Debug = False,
 ) -> None:
     """Compress a model with one method into a folder, its tokenizer and its lineage included.

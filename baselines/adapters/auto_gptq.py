@@ -1,7 +1,7 @@
 """`auto_gptq:gptq`: the first widely used library for GPTQ; no longer maintained.
 
 Counterpart of `gptq`, with its bits, groups and calibration. The library refuses to quantize
-without CUDA, for no reason in its arithmetic: the adapter answers its two questions for a GPU with
+without CUDA, for no reason in its arithmetic: the adapter answers its questions for a GPU with
 "cpu". Its CPU path, which the library calls very slow, rebuilds each weight at each call.
 
 Source: E. Frantar et al., "GPTQ", 2022, https://arxiv.org/abs/2210.17323;

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from baselines.peer import Peer
+from baselines.peer import Peer, read_tokenizer, required
 from compress.base import Progress, silent
 from compress.registry import register
 
@@ -35,10 +35,8 @@ class AutoRoundInt(Peer):
     def read(self, folder: Path) -> Any:
         """(the model in bfloat16, its tokenizer)."""
         import auto_round  # noqa: F401 - slow to import: not part of the cost
-        from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return super().read(folder), tokenizer
+        return super().read(folder), read_tokenizer(folder)
 
     def compress(
         self, model: Any, calibration: Tensor | None = None, progress: Progress = silent
@@ -46,8 +44,7 @@ class AutoRoundInt(Peer):
         """Learn the rounding; the library packs the weights when it saves them."""
         from auto_round import AutoRound
 
-        if calibration is None:
-            raise ValueError("this method needs calibration samples")
+        ids = required(calibration)
         network, tokenizer = model
         made = AutoRound(
             network,
@@ -56,12 +53,12 @@ class AutoRoundInt(Peer):
             group_size=self.group_size,
             sym=self.symmetric,
             iters=self.iterations,
-            seqlen=calibration.shape[1],
-            nsamples=len(calibration),
+            seqlen=ids.shape[1],
+            nsamples=len(ids),
             dataset=[
                 # without the mask, tokens that equal the padding token would be left out
                 {"input_ids": row[None], "attention_mask": torch.ones_like(row[None])}
-                for row in calibration
+                for row in ids
             ],
             device_map="cpu",
             enable_torch_compile=False,

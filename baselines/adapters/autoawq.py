@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from baselines.peer import Peer
+from baselines.peer import Peer, fill, read_tokenizer, required
 from compress.base import Progress, Runner, TorchRunner, silent
 from compress.registry import register
 
@@ -35,28 +35,25 @@ class AutoAwq(Peer):
     def read(self, folder: Path) -> Any:
         """(the library's model in float32, so that its search is not blurred; its tokenizer)."""
         from awq import AutoAWQForCausalLM
-        from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoAWQForCausalLM.from_pretrained(
             str(folder), device_map={"": "cpu"}, torch_dtype=torch.float32, safetensors=True
         )
-        return model, tokenizer
+        return model, read_tokenizer(folder)
 
     def compress(
         self, model: Any, calibration: Tensor | None = None, progress: Progress = silent
     ) -> Any:
         """Scale, clip, round and pack."""
-        if calibration is None:
-            raise ValueError("this method needs calibration samples")
+        ids = required(calibration)
         network, tokenizer = model
         grid = {"zero_point": True, "q_group_size": self.group_size, "w_bit": self.bits}
         network.quantize(
             tokenizer,
             quant_config=grid | {"version": "GEMM"},
-            calib_data=calibration.tolist(),
-            max_calib_samples=len(calibration),
-            max_calib_seq_len=calibration.shape[1],
+            calib_data=ids.tolist(),
+            max_calib_samples=len(ids),
+            max_calib_seq_len=ids.shape[1],
         )
         return network
 
@@ -83,11 +80,8 @@ class AutoAwq(Peer):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         del config.quantization_config
         model = AutoModelForCausalLM.from_config(config, torch_dtype=torch.bfloat16)
-        missing, surplus = model.load_state_dict(tensors, strict=False)
-        model.tie_weights()
-        if surplus or set(missing) - {"lm_head.weight"}:
-            raise ValueError(f"{folder} lacks {missing} or has {surplus} too many")
-        return TorchRunner(model)
+        tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+        return TorchRunner(fill(model, tensors, folder))
 
 
 register("autoawq:awq", AutoAwq())

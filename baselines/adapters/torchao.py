@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from baselines.peer import Peer, is_plain, plain_linears, refuse_left_out
+from baselines.peer import Peer, fill, is_plain, plain_linears, refuse_left_out
 from compress.base import Progress, Runner, silent
 from compress.registry import register
 
@@ -80,11 +80,7 @@ class TorchAo(Peer):
             raise ValueError(f"{folder / WEIGHTS}: {next(iter(left))} belongs to no tensor")
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         model = plain_linears(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
-        missing, surplus = model.load_state_dict(state, strict=False, assign=True)
-        model.tie_weights()
-        if surplus or set(missing) - {"lm_head.weight"}:
-            raise ValueError(f"{folder / WEIGHTS} lacks {missing} or has {surplus} too many")
-        return self.runner(model)
+        return self.runner(fill(model, state, folder))
 
     def _config(self) -> Any:
         from torchao import quantization

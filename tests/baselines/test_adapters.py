@@ -106,6 +106,29 @@ def test_a_file_that_lacks_weights_is_refused(tiny_llama, tmp_path):
     assert read_transformers(tiny_llama).config.model_type == "llama"
 
 
+def test_an_empty_model_is_filled_whole_or_not_at_all(tmp_path):
+    from baselines.peer import fill
+
+    def empty():
+        model = nn.ModuleDict({"body": nn.Linear(2, 3), "lm_head": nn.Linear(3, 2, bias=False)})
+        model.tie_weights = lambda: None
+        return model
+
+    tensors = {"body.weight": torch.ones(3, 2), "body.bias": torch.zeros(3)}
+    assert torch.equal(fill(empty(), tensors, tmp_path)["body"].weight, torch.ones(3, 2))
+    for wrong in ({"body.weight": tensors["body.weight"]}, tensors | {"more": torch.ones(1)}):
+        with pytest.raises(ValueError, match="too many"):
+            fill(empty(), wrong, tmp_path)
+
+
+def test_methods_that_calibrate_say_so_when_there_is_nothing():
+    from baselines.peer import samples
+
+    assert samples(torch.tensor([[5, 6]])) == [{"input_ids": [5, 6], "attention_mask": [1, 1]}]
+    with pytest.raises(ValueError, match="needs calibration"):
+        samples(None)
+
+
 def test_gpt2s_layers_become_the_type_that_libraries_look_for(tiny_gpt2):
     from transformers import AutoModelForCausalLM
 
