@@ -8,7 +8,6 @@ the only one that knows it. Another model family is one more entry in FAMILIES.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -24,8 +23,6 @@ class Half:
     inputs: linear layers that read norm(x). output: the last linear layer of the half.
     before_output: the linear whose output channels reach `output` scaled one by one, so that a
     factor can move between the two exactly; None where a non-linearity stands between.
-    queries_and_keys: how many of the leading rows of each of `inputs`, as a share, make queries
-    and keys, which meet in a product before anything else.
     """
 
     norm: str
@@ -33,7 +30,6 @@ class Half:
     inputs: tuple[str, ...]
     output: str
     before_output: str | None
-    queries_and_keys: tuple[Fraction, ...]
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,6 @@ FAMILIES = {
             inputs=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             output="self_attn.o_proj",
             before_output="self_attn.v_proj",
-            queries_and_keys=(Fraction(1), Fraction(1), Fraction(0)),
         ),
         Half(
             norm="post_attention_layernorm",
@@ -70,7 +65,6 @@ FAMILIES = {
             inputs=("mlp.gate_proj", "mlp.up_proj"),
             output="mlp.down_proj",
             before_output="mlp.up_proj",
-            queries_and_keys=(Fraction(0), Fraction(0)),
         ),
     ),
     "gpt2": Family(
@@ -78,8 +72,8 @@ FAMILIES = {
         ("transformer.wte", "transformer.wpe"),
         "transformer.ln_f",
         # Rows of c_attn are q, k, v. GELU stands between c_fc and mlp.c_proj.
-        Half("ln_1", "attn", ("attn.c_attn",), "attn.c_proj", "attn.c_attn", (Fraction(2, 3),)),
-        Half("ln_2", "mlp", ("mlp.c_fc",), "mlp.c_proj", None, (Fraction(0),)),
+        Half("ln_1", "attn", ("attn.c_attn",), "attn.c_proj", "attn.c_attn"),
+        Half("ln_2", "mlp", ("mlp.c_fc",), "mlp.c_proj", None),
     ),
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BITS = (2, 3, 4, 8)
+SHRINKS = tuple(1 - 0.03 * step for step in range(21))  # of a range, tried in a search for the best
 CACHED_WEIGHTS = 2**17  # worked on at a time in a search over ranges: half a megabyte
 
 
@@ -89,8 +90,8 @@ def fit_range(
 
     groups: (rows, groups, group_size) float32. Without `clip` the range is min to max, and every
     weight is off by at most about scale / 2 (a little more where `dtype` rounded the scale down).
-    With `clip` the range is shrunk in steps of 3 % down to 40 %, and the shrink with the least
-    loss of the group wins: a finer step for all can be worth cutting off a lone large weight.
+    With `clip` the range is shrunk by each of SHRINKS, and the one with the least loss of the
+    group wins: a finer step for all can be worth cutting off a lone large weight.
     loss: what the residual (rows, groups, group_size) costs, (rows, groups, 1); it may be called
     on some of the rows at a time.
     """
@@ -114,8 +115,7 @@ def _fit_rows(
     if not clip:
         return scale, zero
     least = loss(rounded(groups, scale, zero, bits).sub_(groups))
-    for step in range(1, 21):
-        shrink = 1 - 0.03 * step
+    for shrink in SHRINKS[1:]:
         tried = scale_and_zero(low * shrink, high * shrink, bits, symmetric, dtype)
         cost = loss(rounded(groups, *tried, bits).sub_(groups))
         better = cost < least

@@ -5,12 +5,13 @@ multiplies column j by s[j] and divides input j by it: the function is unchanged
 error of column j shrinks by about s[j]. s = (mean |x|) ** alpha, with or without a division by
 (mean relative |w|) ** (1 - alpha); a grid search picks alpha by the squared output error. Dividing
 the input costs nothing, since 1 / s folds into the norm (or the v or up projection) before. Then
-each group's range is shrunk to the least output error.
+the groups' ranges are shrunk to the least output error; unlike the paper, which looks at each group
+alone and leaves those of queries and keys, in sweeps that see what the other groups err.
 
 Everything is measured through H = E[x x^T]: the output error of a change D is tr(D H D^T), so
 the search needs no forward pass. The scale of an attention output is shared by the query heads
 that read one key-value head, which makes the fold exact under grouped-query attention as well.
-A layer behind GELU (GPT-2's mlp.c_proj) cannot be scaled exactly and is only clipped.
+A layer behind GELU (GPT-2's mlp.c_proj) cannot be scaled exactly; only its ranges are fitted.
 
 Source: J. Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and
 Acceleration", 2023, https://arxiv.org/abs/2306.00978
@@ -25,10 +26,11 @@ from torch import Tensor, nn
 
 from compress import calibrate
 from compress.base import Compressor, Progress, silent
-from compress.calibrate import Group, matmul_nt
+from compress.calibrate import Group
 from compress.layers import SKIP, cast_parameters, named_finite, refuse_no_effect
+from compress.output_error import fitted, output_error
 from compress.quant_linear import DTYPES, QuantLinear, check_dtype
-from compress.quant_math import check_grid, fit_range, grouped, rounded, to_codes
+from compress.quant_math import check_grid, fit_range, grouped, rounded
 from compress.registry import register
 
 ROWS = 192  # of a weight, worked on at a time in the search: what fits in the processor's cache
@@ -40,9 +42,9 @@ class Awq(Compressor):
 
     bits: 2, 3, 4 or 8. group_size: inputs of a row that share a scale; -1 for the whole row.
     symmetric: no zero is stored. grid: number of values of alpha tried, 0 up to below 1; 0 means
-    no scaling. clip: shrink each range to the least output error; not those of queries and keys,
-    whose errors meet in a product. skip: layers whose dotted name in the block ends in one of
-    these stay in floating point.
+    no scaling. sweeps: how often each group's range is shrunk anew to the least output error, the
+    other groups' errors in view, before scales are fitted to the codes; 0 leaves ranges whole.
+    skip: layers whose dotted name in the block ends in one of these stay in floating point.
     dtype: type of scales, of everything left alone, and of the arithmetic.
     """
 
@@ -52,7 +54,7 @@ class Awq(Compressor):
     group_size: int = 64
     symmetric: bool = False
     grid: int = 20
-    clip: bool = True
+    sweeps: int = 3
     skip: tuple[str, ...] = SKIP
     dtype: str = "bfloat16"
 
@@ -62,6 +64,8 @@ class Awq(Compressor):
         check_dtype(self.dtype)
         if not 0 <= self.grid <= 1000:
             raise ValueError(f"grid must be between 0 and 1000, not {self.grid}")
+        if not 0 <= self.sweeps <= 100:
+            raise ValueError(f"sweeps must be between 0 and 100, not {self.sweeps}")
 
     def compress(
         self, model: nn.Module, calibration: Tensor | None = None, progress: Progress = silent
@@ -82,10 +86,8 @@ class Awq(Compressor):
         self.scale_groups(groups)
         replaced: dict[str, nn.Module] = {}
         for group in groups:
-            shares = dict(zip(group.half.inputs, group.half.queries_and_keys, strict=True))
             for name, layer in group.chosen(self.skip).items():
-                unclipped = int(layer.out_features * shares.get(name, 0)) if self.clip else -1
-                replaced[name] = self.quantize(layer, group.gram, unclipped)
+                replaced[name] = self.quantize(layer, group.gram)
         return replaced
 
     def scale_groups(self, groups: list[Group]) -> None:
@@ -134,36 +136,16 @@ class Awq(Compressor):
             for s in (magnitude**alpha, magnitude**alpha / even ** (1 - alpha)):
                 yield (s / (s.max() * s.min()).sqrt()).clamp(min=1e-4)
 
-    def quantize(self, layer: nn.Linear, gram: Tensor, unclipped: int) -> QuantLinear:
-        """Codes on the grid whose ranges give the least output error of each group.
-
-        unclipped: so many leading rows keep their whole range; -1 for all rows.
-        """
-        columns = layer.weight.shape[1]
-        groups = grouped(layer.weight, self.group_size)  # (out, groups, group_size)
-        size = groups.shape[2]
-        blocks = gram.new_zeros(groups.shape[1], size, size)  # H of each group
-        for index in range(len(blocks)):
-            part = gram[index * size : (index + 1) * size, index * size : (index + 1) * size]
-            blocks[index, : len(part), : len(part)] = part
-
-        def loss(residual: Tensor) -> Tensor:
-            turned = residual.transpose(0, 1)  # (groups, out, group_size)
-            return (turned @ blocks).mul_(turned).sum(-1, keepdim=True).transpose(0, 1)
-
+    def quantize(self, layer: nn.Linear, gram: Tensor) -> QuantLinear:
+        """Codes on the grid with the ranges that give the least output error."""
         dtype = DTYPES[self.dtype]
-        whole = len(groups) if unclipped == -1 else unclipped
-        fitted = [
-            fit_range(rows, self.bits, self.symmetric, dtype, clip, loss)
-            for rows, clip in ((groups[:whole], False), (groups[whole:], True))
-            if len(rows)
-        ]
-        scale, zero = (torch.cat(parts) for parts in zip(*fitted, strict=True))
-        codes = to_codes(groups, scale, zero, self.bits).flatten(1)[:, :columns]
+        codes, scale, zero = fitted(
+            layer.weight, gram, self.group_size, self.bits, self.symmetric, dtype, self.sweeps
+        )
         return QuantLinear.from_codes(
             codes.to(torch.uint8),
-            scale[..., 0],
-            None if self.symmetric else zero[..., 0],
+            scale,
+            None if self.symmetric else zero,
             layer.bias,
             self.bits,
             self.group_size,
@@ -176,11 +158,6 @@ class Awq(Compressor):
         dtype = DTYPES[self.dtype]
         scale, zero = fit_range(groups, self.bits, self.symmetric, dtype)
         return rounded(groups, scale, zero, self.bits).flatten(1)[:, : weight.shape[1]]
-
-
-def output_error(change: Tensor, gram: Tensor) -> float:
-    """tr(D H D^T): mean over tokens of the squared change of the output, summed over outputs."""
-    return matmul_nt(change.contiguous(), gram).mul_(change).sum(dtype=torch.float64).item()
 
 
 def evenness(weights: list[Tensor]) -> Tensor:

@@ -8,8 +8,9 @@ Layers that read the same input share H and are solved as one tall matrix.
 
 Source: E. Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative
 Pre-trained Transformers", 2022, Algorithm 1, https://arxiv.org/abs/2210.17323
-Differs from it in two points: ranges may be shrunk to the least error (clip), and with
-static_groups the groups are those of the stored column order, so no index is stored.
+Differs from it in three points: ranges may be shrunk to the least error (clip), scales are fitted
+once more to the codes found (refit), and with static_groups the groups are those of the stored
+column order, so no index is stored.
 """
 
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from compress import calibrate
 from compress.base import Compressor, Progress, silent
 from compress.calibrate import Group
 from compress.layers import SKIP, cast_parameters, named_finite, refuse_no_effect
+from compress.output_error import refit_scales
 from compress.quant_linear import DTYPES, QuantLinear, check_dtype
 from compress.quant_math import check_grid, fit_range, grouped
 from compress.registry import register
@@ -34,13 +36,15 @@ class Gptq(Compressor):
     """Quantize every linear layer of the decoder blocks.
 
     bits: 2, 3, 4 or 8. group_size: inputs of a row that share a scale; -1 for the whole row.
-    symmetric: no zero is stored. clip: shrink each range to the least squared error, with inputs
-    weighted by their mean square. act_order: columns in order of decreasing H[j, j].
-    static_groups: ranges are fixed before the first column is rounded; with act_order off it
-    only matters that they are older. damping: share of the mean of H's diagonal added to it;
-    multiplied by 10 as often as the Cholesky factorization needs. true_sequential: each group of
-    layers sees inputs computed by the layers already quantized, also within a block.
-    skip: layers whose dotted name in the block ends in one of these stay in floating point.
+    symmetric: no zero is stored. clip: shrink each range to the least squared error, with
+    column j weighted by 1 / U[j, j] ** 2, what its error costs once later columns have absorbed
+    what they can. refit: the scales with the least output error for the codes found.
+    act_order: columns in order of decreasing H[j, j]. static_groups: ranges are fixed before the
+    first column is rounded; with act_order off it only matters that they are older. damping:
+    share of the mean of H's diagonal added to it; multiplied by 10 as often as the Cholesky
+    factorization needs. true_sequential: each group of layers sees inputs computed by the layers
+    already quantized, also within a block. skip: layers whose dotted name in the block ends in
+    one of these stay in floating point.
     dtype: type of scales, of everything left alone, and of the arithmetic.
     """
 
@@ -50,6 +54,7 @@ class Gptq(Compressor):
     group_size: int = 64
     symmetric: bool = False
     clip: bool = True
+    refit: bool = True
     act_order: bool = True
     static_groups: bool = True
     damping: float = 0.01
@@ -111,20 +116,20 @@ class Gptq(Compressor):
         """
         columns = weight.shape[1]
         size = columns if self.group_size == -1 else min(self.group_size, columns)
-        importance = gram.diagonal().clone()
+        importance = gram.diagonal()
         weight = weight.masked_fill(importance == 0, 0)  # an input that is always 0 needs none
         order = None
         if self.act_order:
             order = torch.argsort(importance, descending=True, stable=True)
-            weight, gram, importance = weight[:, order], gram[order][:, order], importance[order]
+            weight, gram = weight[:, order], gram[order][:, order]
         factor = inverse_factor(gram, self.damping).float()
+        cost = factor.diagonal() ** -2
 
         # Rows of these transposed matrices are columns of W: contiguous, and the loop is theirs.
         todo = weight.T.contiguous()  # (in, out)
         if self.static_groups:
-            original = weight if order is None else weight[:, torch.argsort(order)]
-            weights_of = importance if order is None else importance[torch.argsort(order)]
-            scale, zero = self._ranges(original, weights_of)
+            stored = torch.arange(columns) if order is None else torch.argsort(order)
+            scale, zero = self._ranges(weight[:, stored], cost[stored])
             group_of = torch.arange(columns) if order is None else order.cpu()
         else:
             scale = zero = weight.new_empty(len(weight), 0)
@@ -141,7 +146,7 @@ class Gptq(Compressor):
             for j in range(start, stop):
                 if group_index[j] == len(scales):  # not static: the range of what is left by now
                     new = slice(j, j + size)
-                    fresh = self._ranges(todo[new].T.contiguous(), importance[new])
+                    fresh = self._ranges(todo[new].T.contiguous(), cost[new])
                     scales.append(fresh[0][:, 0])
                     zeros.append(fresh[1][:, 0])
                 column, s, z = todo[j], scales[group_index[j]], zeros[group_index[j]]
@@ -155,16 +160,18 @@ class Gptq(Compressor):
 
         codes = codes.T
         scale, zero = torch.stack(scales, dim=1), torch.stack(zeros, dim=1)
-        if order is None:
-            return codes, scale, zero, None
-        if self.static_groups:
-            return codes[:, torch.argsort(order)], scale, zero, None
+        if order is not None and self.static_groups:
+            back = torch.argsort(order)
+            codes, weight, gram, order = codes[:, back], weight[:, back], gram[back][:, back], None
+        if self.refit:
+            steps = codes - zero.repeat_interleave(size, 1)[:, :columns]
+            scale = refit_scales(weight, gram, steps, scale, size, DTYPES[self.dtype])
         return codes, scale, zero, order
 
-    def _ranges(self, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero (out, groups) of `weight` (out, in)."""
+    def _ranges(self, weight: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero (out, groups) of `weight` (out, in), errors counted by cost (in,)."""
         groups = grouped(weight, self.group_size)
-        share = grouped(importance[None], self.group_size)  # (1, groups, group_size)
+        share = grouped(cost[None], self.group_size)  # (1, groups, group_size)
 
         def loss(residual: Tensor) -> Tensor:
             return residual.square_().mul_(share).sum(-1, keepdim=True)

@@ -78,6 +78,7 @@ def test_codes_are_those_of_the_equations(bits, size, columns, act_order, static
         size,
         symmetric,
         clip=False,
+        refit=False,
         act_order=act_order,
         static_groups=static_groups,
         dtype="float32",
@@ -101,7 +102,9 @@ def test_codes_are_those_of_the_equations(bits, size, columns, act_order, static
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_identity_hessian_is_round_to_nearest(bits, act_order, static_groups):
     weight, _ = layer_and_gram(columns=160)
-    method = Gptq(bits, 64, clip=False, act_order=act_order, static_groups=static_groups)
+    method = Gptq(
+        bits, 64, clip=False, refit=False, act_order=act_order, static_groups=static_groups
+    )
     codes, scale, zero, _ = method.solve(weight, torch.eye(160))
     groups = grouped(weight, 64)
     rtn_scale, rtn_zero = fit_range(groups, bits, False, torch.bfloat16)
@@ -142,9 +145,22 @@ def test_at_two_bits_it_takes_large_inputs_first_to_beat_rounding():
 
     rtn = Rtn(2, 32, dtype="float32").quantize(weight, None).weight()
     plain = output_error(rtn - weight, gram)
-    settings = dict(bits=2, group_size=32, clip=False, dtype="float32")
+    settings = dict(bits=2, group_size=32, clip=False, refit=False, dtype="float32")
     assert error(Gptq(act_order=True, **settings)) < 0.75 * plain
     assert error(Gptq(act_order=False, static_groups=False, **settings)) > plain
+
+
+@pytest.mark.parametrize("static_groups", [True, False])
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("columns", [96, 90])
+def test_refit_keeps_the_codes_and_lowers_the_output_error(columns, act_order, static_groups):
+    weight, gram = layer_and_gram(columns=columns)
+    settings = dict(bits=3, group_size=32, act_order=act_order, static_groups=static_groups)
+    methods = [Gptq(**settings, refit=refit, dtype="float32") for refit in (False, True)]
+    plain, refitted = (method.solve(weight, gram) for method in methods)
+    assert torch.equal(plain[0], refitted[0]) and torch.equal(plain[2], refitted[2])
+    errors = [output_error(rebuilt(method, weight, gram) - weight, gram) for method in methods]
+    assert errors[1] < 0.97 * errors[0]
 
 
 def test_order_is_stored_only_when_groups_follow_it():
