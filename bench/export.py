@@ -31,7 +31,8 @@ def export(request: run.Request, folder: Path, report: Report) -> int:
     task = run.plan(replace(request, metrics="size"))[-1]  # the first is the parent
     record = launch(task, report, measure=False)
     if record["status"] != "ok":
-        raise ValueError(record["error"])
+        log = record.get("log_tail")
+        raise ValueError(record["error"] + (f"\n\nthe end of its log:\n{log}" if log else ""))
     model = models.Model(task.job.model, task.folder, task.job.revision)
     lineage = {
         "source": f"{registry.describe(task.job.method, task.job.settings)} of {model.alias}",

@@ -67,6 +67,7 @@ def plan(request: Request) -> list[Task]:
             raise UsageError(f"{model.alias} is compressed already, in a format {name} cannot read")
         drawn = None
         if method.needs_calibration:
+            refuse_beyond(model, "--length", request.length)
             drawn = {
                 "data": calibration,
                 "sha": shas[calibration],
@@ -209,12 +210,9 @@ def chosen_metrics(text: str | None) -> tuple[str, ...]:
 
 def protocol_for(model: models.Model, request: Request) -> dict[str, Any]:
     """How to measure, within the model's context length. Raises UsageError beyond it."""
-    config = checkpoint.read_json(model.folder / "config.json")
-    context = config.get("max_position_embeddings") or config.get("n_positions") or sys.maxsize
+    context = context_of(model)
     window = request.window or min(WINDOW, context)
-    for option, value in (("--window", window), ("--length", request.length)):
-        if value > context:
-            raise UsageError(f"{option} {value}: {model.alias} reads at most {context} tokens")
+    refuse_beyond(model, "--window", window)
     read = window * request.limit if request.limit else sys.maxsize
     prompt = min(PROMPT_TOKENS, context - NEW_TOKENS, read)
     if prompt < 1:
@@ -229,6 +227,19 @@ def protocol_for(model: models.Model, request: Request) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "new_tokens": NEW_TOKENS,
     }
+
+
+def context_of(model: models.Model) -> int:
+    """Tokens that the model reads at once."""
+    config = checkpoint.read_json(model.folder / "config.json")
+    return config.get("max_position_embeddings") or config.get("n_positions") or sys.maxsize
+
+
+def refuse_beyond(model: models.Model, option: str, tokens: int) -> None:
+    """Raises UsageError if the model cannot read so many."""
+    if tokens > context_of(model):
+        most = context_of(model)
+        raise UsageError(f"{option} {tokens}: {model.alias} reads at most {most} tokens")
 
 
 def environment(env: str | None) -> str:

@@ -90,7 +90,11 @@ REFUSED = {
     "unknown data": ({"data": "sampel"}, UnknownData, "did you mean sample"),
     "no such file": ({"calibration": "./no.txt"}, UnknownData, "'./no.txt' does not exist"),
     "long window": ({"window": 4096}, UsageError, "--window 4096: tiny-llama reads at most 2048"),
-    "long samples": ({"length": 4096}, UsageError, "--length 4096: tiny-llama reads at most 2048"),
+    "long samples": (
+        {"methods": "gptq", "length": 4096},
+        UsageError,
+        "--length 4096: tiny-llama reads at most 2048",
+    ),
 }
 
 
@@ -101,6 +105,10 @@ def test_refuses_before_any_process_starts(case, monkeypatch):
     with pytest.raises(kind, match=message.replace("(", r"\(")) as caught:
         run.plan(replace(FAST, **change))
     assert "\n" not in str(caught.value)
+
+
+def test_samples_are_nobodys_business_where_nothing_is_calibrated():
+    assert len(run.plan(replace(FAST, methods="cast,rtn", length=4096))) == 3
 
 
 def test_data_that_is_too_short_fails_once_and_leaves_no_record(tmp_path, monkeypatch):
