@@ -33,11 +33,11 @@ class AutoAwq(Peer):
     group_size: int = 64
 
     def read(self, folder: Path) -> Any:
-        """(the library's model in float32, so that its search is not blurred; its tokenizer)."""
+        """(the library's model in bfloat16, its tokenizer)."""
         from awq import AutoAWQForCausalLM
 
         model = AutoAWQForCausalLM.from_pretrained(
-            str(folder), device_map={"": "cpu"}, torch_dtype=torch.float32, safetensors=True
+            str(folder), device_map={"": "cpu"}, torch_dtype=torch.bfloat16, safetensors=True
         )
         return model, read_tokenizer(folder)
 

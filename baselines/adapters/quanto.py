@@ -54,10 +54,12 @@ class Quanto(Peer):
 
         model = QuantizedModelForCausalLM.from_pretrained(folder)._wrapped
         for layer in model.modules():
-            codes = getattr(getattr(layer, "weight", None), "_data", None)
-            if isinstance(codes, Tensor):
+            holder = getattr(layer, "weight", None)
+            while hasattr(holder, "_data") and type(holder._data) is not Tensor:
+                holder = holder._data  # packed codes hold the plain tensor one level down
+            if hasattr(holder, "_data"):
                 # Its codes lie in the mapped file, where torch's kernel finds them unaligned.
-                layer.weight._data = codes.clone()
+                holder._data = holder._data.clone()
         return QuantoRunner(model, "quanto")
 
 
