@@ -54,7 +54,7 @@ class Quanto(Peer):
 
         model = QuantizedModelForCausalLM.from_pretrained(folder)._wrapped
         for layer in model.modules():
-            holder = getattr(layer, "weight", None)
+            holder: Any = getattr(layer, "weight", None)
             while hasattr(holder, "_data") and type(holder._data) is not Tensor:
                 holder = holder._data  # packed codes hold the plain tensor one level down
             if hasattr(holder, "_data"):
