@@ -59,7 +59,8 @@ def plan(request: Request) -> list[Task]:
     calibration = request.calibration or request.data
     shas = {name: data.fingerprint(name) for name in (request.data, calibration)}
     model = models.resolve(request.model)
-    protocol = protocol_for(model, request)
+    context = context_of(model)
+    protocol = protocol_for(model.alias, context, request)
     tasks = {}
     compressed = bool(checkpoint.layer_specs(model.folder))
     for name, method in compressors:
@@ -67,7 +68,7 @@ def plan(request: Request) -> list[Task]:
             raise UsageError(f"{model.alias} is compressed already, in a format {name} cannot read")
         drawn = None
         if method.needs_calibration:
-            refuse_beyond(model, "--length", request.length)
+            refuse_beyond(model.alias, context, "--length", request.length)
             drawn = {
                 "data": calibration,
                 "sha": shas[calibration],
@@ -208,17 +209,14 @@ def chosen_metrics(text: str | None) -> tuple[str, ...]:
     return tuple(name for name in METRICS if name in wanted)
 
 
-def protocol_for(model: models.Model, request: Request) -> dict[str, Any]:
+def protocol_for(alias: str, context: int, request: Request) -> dict[str, Any]:
     """How to measure, within the model's context length. Raises UsageError beyond it."""
-    context = context_of(model)
     window = request.window or min(WINDOW, context)
-    refuse_beyond(model, "--window", window)
+    refuse_beyond(alias, context, "--window", window)
     read = window * request.limit if request.limit else sys.maxsize
     prompt = min(PROMPT_TOKENS, context - NEW_TOKENS, read)
     if prompt < 1:
-        raise UsageError(
-            f"{model.alias} reads {context} tokens: too few for latency; see --metrics"
-        )
+        raise UsageError(f"{alias} reads {context} tokens: too few for latency; see --metrics")
     return {
         "window": window,
         "stride": window,
@@ -235,11 +233,10 @@ def context_of(model: models.Model) -> int:
     return config.get("max_position_embeddings") or config.get("n_positions") or sys.maxsize
 
 
-def refuse_beyond(model: models.Model, option: str, tokens: int) -> None:
-    """Raises UsageError if the model cannot read so many."""
-    if tokens > context_of(model):
-        most = context_of(model)
-        raise UsageError(f"{option} {tokens}: {model.alias} reads at most {most} tokens")
+def refuse_beyond(alias: str, context: int, option: str, tokens: int) -> None:
+    """Raises UsageError if the model cannot read so many tokens."""
+    if tokens > context:
+        raise UsageError(f"{option} {tokens}: {alias} reads at most {context} tokens")
 
 
 def environment(env: str | None) -> str:

@@ -6,6 +6,8 @@ within a row it is a quadratic form: groups of inputs can make up for each other
 ranges are chosen group after group with the others' errors in view, and scales all at once.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,15 +15,15 @@ from torch.nn import functional as F
 from compress.calibrate import matmul_nt
 from compress.quant_math import (
     CACHED_WEIGHTS,
-    SHRINKS,
+    fit_rows,
     grouped,
     rounded,
-    scale_and_zero,
+    squared,
     stored_scale,
     to_codes,
 )
 
-SOLVED_ROWS = 512  # rows whose scales are solved for at a time: bounds the memory
+SOLVED_ROWS = 512  # whose scales are solved for at a time: groups ** 2 numbers a row
 
 
 def output_error(change: Tensor, gram: Tensor) -> float:
@@ -38,12 +40,12 @@ def fitted(
     dtype: torch.dtype,
     sweeps: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (out, in), scale and zero (out, groups) of `weight` (out, in) rounded to nearest.
+    """Codes (out, in), scale and zero (out, groups) of `weight` (out, in).
 
     Coordinate descent: from whole ranges, each sweep visits the groups in turn and gives each the
     shrink of its range (SHRINKS) with the least output error, all other groups as they are by
-    then. Last, the scales are fitted to the codes. The error never grows on the way; 0 sweeps
-    leave the whole ranges.
+    then. Codes are the nearest on these ranges; last, scales are fitted to the codes. The error
+    never grows on the way. 0 sweeps leave ranges whole and scales as they are.
     """
     groups = grouped(weight, group_size)
     size, columns = groups.shape[2], weight.shape[1]
@@ -65,27 +67,29 @@ def fitted(
 def _descend(
     groups: Tensor, gram: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, sweeps: int
 ) -> tuple[Tensor, Tensor]:
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    scale, zero = scale_and_zero(low, high, bits, symmetric, dtype)
+    size = groups.shape[2]
+    scale, zero = fit_rows(groups, bits, symmetric, dtype, False, squared)
     residual = rounded(groups, scale, zero, bits).sub_(groups)  # (rows, groups, group_size)
-    rows = gram.view(groups.shape[1], groups.shape[2], -1)
     for _ in range(sweeps):
-        for index, part in enumerate(groups.unbind(1)):
-            own = rows[index].view(len(rows[index]), *groups.shape[1:])[:, index]
-            others = matmul_nt(residual.flatten(1), rows[index]) - residual[:, index] @ own
-            least = torch.full_like(low[:, index], torch.inf)
-            for shrink in SHRINKS:
-                tried = scale_and_zero(
-                    low[:, index] * shrink, high[:, index] * shrink, bits, symmetric, dtype
-                )
-                left = rounded(part, *tried, bits).sub_(part)
-                cost = (left @ own).add_(others, alpha=2).mul_(left).sum(-1, keepdim=True)
-                better = cost < least
-                least = torch.where(better, cost, least)
-                scale[:, index] = torch.where(better, tried[0], scale[:, index])
-                zero[:, index] = torch.where(better, tried[1], zero[:, index])
-            residual[:, index] = rounded(part, scale[:, index], zero[:, index], bits).sub_(part)
+        for index in range(groups.shape[1]):
+            inside = slice(index * size, (index + 1) * size)
+            own = gram[inside, inside]
+            others = matmul_nt(residual.flatten(1), gram[inside]) - residual[:, index] @ own
+            loss = partial(_group_error, own=own, others=others[:, None])
+            one = slice(index, index + 1)
+            part = groups[:, one]
+            scale[:, one], zero[:, one] = fit_rows(part, bits, symmetric, dtype, True, loss)
+            residual[:, one] = rounded(part, scale[:, one], zero[:, one], bits).sub_(part)
     return scale, zero
+
+
+def _group_error(residual: Tensor, own: Tensor, others: Tensor) -> Tensor:
+    """What the errors of one group add to a row's output error: (rows, 1, 1).
+
+    residual: (rows, 1, group_size). own: H of the group. others: what all other groups err, times
+    H of their inputs with the group's, (rows, 1, group_size).
+    """
+    return (residual @ own).add_(others, alpha=2).mul_(residual).sum(-1, keepdim=True)
 
 
 def refit_scales(
@@ -103,21 +107,15 @@ def refit_scales(
     has groups. A row keeps its old scales if the new ones, as `dtype` holds them, are not better
     or not all positive.
     """
-    return torch.cat(
-        [
-            _refit(*part, gram, group_size, dtype)
-            for part in zip(
-                weight.split(SOLVED_ROWS),
-                steps.split(SOLVED_ROWS),
-                scale.split(SOLVED_ROWS),
-                strict=True,
-            )
-        ]
-    )
+    found = []
+    for start in range(0, len(weight), SOLVED_ROWS):
+        rows = slice(start, start + SOLVED_ROWS)
+        found.append(_refit(weight[rows], gram, steps[rows], scale[rows], group_size, dtype))
+    return torch.cat(found)
 
 
 def _refit(
-    weight: Tensor, steps: Tensor, scale: Tensor, gram: Tensor, size: int, dtype: torch.dtype
+    weight: Tensor, gram: Tensor, steps: Tensor, scale: Tensor, size: int, dtype: torch.dtype
 ) -> Tensor:
     def by_group(product: Tensor) -> Tensor:
         return grouped(product, size).sum(-1)

@@ -97,12 +97,12 @@ def fit_range(
     """
     rows = CACHED_WEIGHTS // groups[0].numel() if clip else len(groups)
     fitted = [
-        _fit_rows(part, bits, symmetric, dtype, clip, loss) for part in groups.split(max(1, rows))
+        fit_rows(part, bits, symmetric, dtype, clip, loss) for part in groups.split(max(1, rows))
     ]
     return torch.cat([scale for scale, _ in fitted]), torch.cat([zero for _, zero in fitted])
 
 
-def _fit_rows(
+def fit_rows(
     groups: Tensor,
     bits: int,
     symmetric: bool,
@@ -110,6 +110,7 @@ def _fit_rows(
     clip: bool,
     loss: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
+    """See fit_range; `loss` is called on all rows at once."""
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     scale, zero = scale_and_zero(low, high, bits, symmetric, dtype)
     if not clip:

@@ -43,7 +43,7 @@ class Awq(Compressor):
     bits: 2, 3, 4 or 8. group_size: inputs of a row that share a scale; -1 for the whole row.
     symmetric: no zero is stored. grid: number of values of alpha tried, 0 up to below 1; 0 means
     no scaling. sweeps: how often each group's range is shrunk anew to the least output error, the
-    other groups' errors in view, before scales are fitted to the codes; 0 leaves ranges whole.
+    other groups' errors in view, before scales are fitted to the codes; 0 does neither.
     skip: layers whose dotted name in the block ends in one of these stay in floating point.
     dtype: type of scales, of everything left alone, and of the arithmetic.
     """

@@ -38,7 +38,8 @@ class Gptq(Compressor):
     bits: 2, 3, 4 or 8. group_size: inputs of a row that share a scale; -1 for the whole row.
     symmetric: no zero is stored. clip: shrink each range to the least squared error, with
     column j weighted by 1 / U[j, j] ** 2, what its error costs once later columns have absorbed
-    what they can. refit: the scales with the least output error for the codes found.
+    what they can. refit: scales fitted to the codes found by their output error, row by row where
+    that helps.
     act_order: columns in order of decreasing H[j, j]. static_groups: ranges are fixed before the
     first column is rounded; with act_order off it only matters that they are older. damping:
     share of the mean of H's diagonal added to it; multiplied by 10 as often as the Cholesky
@@ -118,19 +119,19 @@ class Gptq(Compressor):
         size = columns if self.group_size == -1 else min(self.group_size, columns)
         importance = gram.diagonal()
         weight = weight.masked_fill(importance == 0, 0)  # an input that is always 0 needs none
-        order = None
+        order = torch.arange(columns, device=gram.device)
         if self.act_order:
             order = torch.argsort(importance, descending=True, stable=True)
-            weight, gram = weight[:, order], gram[order][:, order]
-        factor = inverse_factor(gram, self.damping).float()
+        ordered = gram[order][:, order] if self.act_order else gram
+        factor = inverse_factor(ordered, self.damping).float()
         cost = factor.diagonal() ** -2
 
         # Rows of these transposed matrices are columns of W: contiguous, and the loop is theirs.
-        todo = weight.T.contiguous()  # (in, out)
+        todo = weight[:, order].T.contiguous()  # (in, out)
+        back = torch.argsort(order)
         if self.static_groups:
-            stored = torch.arange(columns) if order is None else torch.argsort(order)
-            scale, zero = self._ranges(weight[:, stored], cost[stored])
-            group_of = torch.arange(columns) if order is None else order.cpu()
+            scale, zero = self._ranges(weight, cost[back])
+            group_of = order.cpu()
         else:
             scale = zero = weight.new_empty(len(weight), 0)
             group_of = torch.arange(columns)
@@ -160,13 +161,15 @@ class Gptq(Compressor):
 
         codes = codes.T
         scale, zero = torch.stack(scales, dim=1), torch.stack(zeros, dim=1)
-        if order is not None and self.static_groups:
-            back = torch.argsort(order)
-            codes, weight, gram, order = codes[:, back], weight[:, back], gram[back][:, back], None
+        if self.static_groups:
+            codes = codes[:, back]
+        elif self.act_order:  # groups follow the order, and so do the codes
+            weight, gram = weight[:, order], ordered
         if self.refit:
             steps = codes - zero.repeat_interleave(size, 1)[:, :columns]
             scale = refit_scales(weight, gram, steps, scale, size, DTYPES[self.dtype])
-        return codes, scale, zero, order
+        follows = self.act_order and not self.static_groups
+        return codes, scale, zero, order if follows else None
 
     def _ranges(self, weight: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero (out, groups) of `weight` (out, in), errors counted by cost (in,)."""

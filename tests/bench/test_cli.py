@@ -154,6 +154,15 @@ def test_several_models_stand_in_one_leaderboard(bench, tiny_gpt2, tmp_path):
     assert code == 2 and "names no model" in err
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as a terminal sends it: a job that a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_keeps_what_is_finished_and_ends_the_worker(bench, planted, tmp_path):
     results = tmp_path / "results"
 

@@ -91,6 +91,19 @@ def test_query_heads_of_one_key_value_head_share_their_scale(llama, token_ids):
     assert shared[0, 0, 0].item() == 8  # mean of channels 0 and 16
 
 
+@torch.inference_mode()
+def test_sweeps_lower_the_output_error_of_every_layer(uneven, token_ids):
+    for group in groups_of(uneven, token_ids).values():
+        for layer in group.chosen().values():
+
+            def error(sweeps, layer=layer, group=group):
+                method = Awq(bits=3, group_size=32, sweeps=sweeps, dtype="float32")
+                change = method.quantize(layer, group.gram).weight() - layer.weight
+                return output_error(change, group.gram)
+
+            assert error(Awq().sweeps) < 0.9 * error(0)
+
+
 def test_without_scaling_and_fitting_it_is_round_to_nearest(model, token_ids):
     name, block = decoder_blocks(model)[0]
     expected = {

@@ -33,6 +33,8 @@ def rebuilt(method, weight, gram):
 def by_the_equations(method, weight, gram, order):
     """Column by column in float64; H^-1 shrinks by Gaussian elimination (the paper's eq. 2, 3).
 
+    1 / (H^-1)[j, j] at column j's turn is what a unit error in it costs; ranges count errors so.
+
     No Cholesky factor, no blocks, no lazy updates: another way to the same codes. Static groups
     are runs of inputs, with the ranges of the original weight; the others are runs of `order`,
     with the ranges of what the weight is when the first column of the group has its turn.
@@ -43,6 +45,10 @@ def by_the_equations(method, weight, gram, order):
     original, weight = weight, weight.double()
     damping = method.damping * gram.diagonal().double().mean()
     inverse = torch.linalg.inv(gram.double() + damping * torch.eye(columns, dtype=torch.float64))
+    cost, full = torch.empty(columns), inverse.clone()
+    for j in order:
+        cost[j] = 1 / full[j, j]
+        full -= torch.outer(full[:, j], full[j]) / full[j, j]
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     ranges, left = {}, list(order)
     for turn, j in enumerate(order):
@@ -52,7 +58,12 @@ def by_the_equations(method, weight, gram, order):
             members = members[group * size : (group + 1) * size]
             source = original if method.static_groups else weight.float()
             ranges[group] = fit_range(
-                source[:, members][:, None], method.bits, method.symmetric, torch.float32
+                source[:, members][:, None],
+                method.bits,
+                method.symmetric,
+                torch.float32,
+                method.clip,
+                lambda left, members=members: (left**2 * cost[members]).sum(-1, keepdim=True),
             )
         s, z = (part[:, 0, 0].double() for part in ranges[group])
         code = (torch.round(weight[:, j] / s) + z).clamp(0, 2**method.bits - 1)
@@ -68,16 +79,27 @@ def by_the_equations(method, weight, gram, order):
 @pytest.mark.parametrize("static_groups", [True, False])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize(
-    "bits, size, columns",  # the last three cross several lazy blocks, of 96, 200 and 128 columns
-    [(4, 32, 96), (3, 64, 96), (2, 96, 96), (4, 48, 330), (3, 200, 330), (2, -1, 330)],
+    "bits, size, columns, clip",  # 330 columns make several lazy blocks, of 96, 200 or 128
+    [
+        (4, 32, 96, False),
+        (3, 64, 96, False),
+        (2, 96, 96, False),
+        (4, 48, 330, False),
+        (3, 200, 330, False),
+        (2, -1, 330, False),
+        (4, 32, 96, True),
+        (3, 48, 330, True),
+    ],
 )
-def test_codes_are_those_of_the_equations(bits, size, columns, act_order, static_groups, symmetric):
+def test_codes_are_those_of_the_equations(
+    bits, size, columns, clip, act_order, static_groups, symmetric
+):
     weight, gram = layer_and_gram(rows=64, columns=columns)
     method = Gptq(
         bits,
         size,
         symmetric,
-        clip=False,
+        clip=clip,
         refit=False,
         act_order=act_order,
         static_groups=static_groups,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from compress import output_error as module
 from compress.methods.rtn import Rtn
 from compress.output_error import fitted, output_error, refit_scales
 from compress.quant_math import SHRINKS, fit_range, grouped, rounded, scale_and_zero
@@ -108,3 +109,32 @@ def test_scales_stay_where_least_squares_has_no_use():
     assert found[1, 0] != scale[1, 0] and found.isfinite().all() and (found > 0).all()
     # the wrong sign: least squares would ask for negative scales
     assert torch.equal(refit_scales(weight, gram, -steps, scale, 32, torch.float32)[2], scale[2])
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_refitted_scales_are_as_stored_and_no_row_is_worse_for_it(bits):
+    weight, gram = weight_and_gram(rows=200)
+    codes, scale, zero = fitted(weight, gram, 32, bits, False, torch.bfloat16, 0)
+    steps = codes - zero.repeat_interleave(32, 1)[:, :90]
+    found = refit_scales(weight, gram, steps, scale, 32, torch.bfloat16)
+    assert torch.equal(found, found.bfloat16().float())
+    assert not torch.equal(found, scale)
+
+    def errors(scales):
+        change = rebuilt(codes, scales, zero, 32) - weight
+        return ((change @ gram) * change).sum(1)
+
+    assert (errors(found) <= errors(scale) * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("size", [32, -1])
+def test_rows_do_not_depend_on_how_many_are_worked_on_at_a_time(size, monkeypatch):
+    weight, gram = weight_and_gram()
+    whole = fitted(weight, gram, size, 3, False, torch.float32, 2)
+    monkeypatch.setattr(module, "SOLVED_ROWS", 5)
+    monkeypatch.setattr(module, "CACHED_WEIGHTS", 7 * (32 if size == 32 else 90))
+    for ours, theirs in zip(
+        fitted(weight, gram, size, 3, False, torch.float32, 2), whole, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
+    assert whole[1].shape == (24, 3 if size == 32 else 1)
