@@ -23,7 +23,9 @@ from compress.quant_math import (
     to_codes,
 )
 
-SOLVED_ROWS = 512  # whose scales are solved for at a time: groups ** 2 numbers a row
+FITTED_ROWS = 256  # at least, at a time in a sweep: fewer would read H more often than needed
+SOLVED_PAIRS = 2**20  # of groups, of all rows whose scales are solved for at a time: 8 megabytes
+RIDGE = 1e-4  # of the diagonal: keeps scales that hardly matter where they are
 
 
 def output_error(change: Tensor, gram: Tensor) -> float:
@@ -31,7 +33,7 @@ def output_error(change: Tensor, gram: Tensor) -> float:
     return matmul_nt(change.contiguous(), gram).mul_(change).sum(dtype=torch.float64).item()
 
 
-def fitted(
+def fit_codes(
     weight: Tensor,
     gram: Tensor,
     group_size: int,
@@ -53,7 +55,7 @@ def fitted(
     padded = F.pad(gram, (0, padding, 0, padding))
     ranges = [
         _descend(part, padded, bits, symmetric, dtype, sweeps)
-        for part in groups.split(max(1, CACHED_WEIGHTS // size))
+        for part in groups.split(max(FITTED_ROWS, CACHED_WEIGHTS // size))
     ]
     scale, zero = (torch.cat(parts) for parts in zip(*ranges, strict=True))
     codes = to_codes(groups, scale, zero, bits)
@@ -71,6 +73,7 @@ def _descend(
     scale, zero = fit_rows(groups, bits, symmetric, dtype, False, squared)
     residual = rounded(groups, scale, zero, bits).sub_(groups)  # (rows, groups, group_size)
     for _ in range(sweeps):
+        before = scale.clone()
         for index in range(groups.shape[1]):
             inside = slice(index * size, (index + 1) * size)
             own = gram[inside, inside]
@@ -80,6 +83,8 @@ def _descend(
             part = groups[:, one]
             scale[:, one], zero[:, one] = fit_rows(part, bits, symmetric, dtype, True, loss)
             residual[:, one] = rounded(part, scale[:, one], zero[:, one], bits).sub_(part)
+        if scale.equal(before):
+            break
     return scale, zero
 
 
@@ -100,42 +105,59 @@ def refit_scales(
     group_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Scales, (out, groups), with the least output error for codes that stay as they are.
+    """Scales, (out, groups), with less output error for codes that stay as they are.
 
     weight, steps: (out, in) float32; steps are codes minus their zero, in runs of group_size.
-    gram: (in, in). scale: as they are. For a row it is least squares in as many unknowns as it
-    has groups. A row keeps its old scales if the new ones, as `dtype` holds them, are not better
-    or not all positive.
+    gram: (in, in). scale: as they are, as `dtype` holds them. For a row it is least squares in as
+    many unknowns as it has groups, with a little RIDGE towards the old scales. `dtype` cannot hold
+    the solution: scales are rounded one after another, and those still to come make up for it, as
+    GPTQ's columns do. A row whose scales did not get better that way keeps its old ones.
     """
-    found = []
-    for start in range(0, len(weight), SOLVED_ROWS):
-        rows = slice(start, start + SOLVED_ROWS)
-        found.append(_refit(weight[rows], gram, steps[rows], scale[rows], group_size, dtype))
-    return torch.cat(found)
+    rows = max(1, SOLVED_PAIRS // scale.shape[1] ** 2)
+    parts = zip(weight.split(rows), steps.split(rows), scale.split(rows), strict=True)
+    return torch.cat([_refit(*part, gram, group_size, dtype) for part in parts])
 
 
 def _refit(
-    weight: Tensor, gram: Tensor, steps: Tensor, scale: Tensor, size: int, dtype: torch.dtype
+    weight: Tensor, steps: Tensor, scale: Tensor, gram: Tensor, size: int, dtype: torch.dtype
 ) -> Tensor:
     def by_group(product: Tensor) -> Tensor:
         return grouped(product, size).sum(-1)
 
-    # steps of one group at a time times H, times the steps of all: what pairs of groups share
-    pairs = [
-        by_group(matmul_nt(part.contiguous(), rows.T.contiguous()).mul_(steps))
-        for part, rows in zip(steps.split(size, 1), gram.split(size), strict=True)
-    ]
-    normal = torch.stack(pairs, 1).double()  # (rows, groups, groups)
-    wanted = by_group(matmul_nt(weight, gram).mul_(steps)).double()
-    empty = normal.diagonal(dim1=1, dim2=2) == 0  # no step or no input: any scale will do
-    normal.diagonal(dim1=1, dim2=2)[empty] = 1
-    wanted[empty] = scale.double()[empty]
-    solved, failed = torch.linalg.solve_ex(normal, wanted)
-    found = stored_scale(solved.float(), dtype)
+    # a row's error as its scales change by d: d^T normal d - 2 d^T wanted, and a constant
+    count = scale.shape[1]
+    normal = torch.empty(len(scale), count, count, dtype=torch.float64, device=scale.device)
+    for index, (part, inputs) in enumerate(
+        zip(steps.split(size, 1), gram.split(size), strict=True)
+    ):
+        normal[:, index] = by_group(matmul_nt(part.contiguous(), inputs.T.contiguous()) * steps)
+    left = weight - steps * scale.repeat_interleave(size, 1)[:, : steps.shape[1]]
+    wanted = by_group(matmul_nt(left, gram).mul_(steps)).double()
 
-    def error(scales: Tensor) -> Tensor:
-        change = steps * scales.repeat_interleave(size, 1)[:, : steps.shape[1]] - weight
-        return matmul_nt(change, gram).mul_(change).sum(1)
+    diagonal = normal.diagonal(dim1=1, dim2=2).clone()
+    ridged = normal + torch.diag_embed(RIDGE * diagonal + (diagonal == 0))  # no step or no input
+    factor, failed = upper_factor(ridged)
+    free = scale.double() + (factor.mT @ (factor @ wanted[..., None]))[..., 0]
+    found = torch.empty_like(scale)
+    for index in range(count):
+        asked = free[:, index]
+        found[:, index] = stored_scale(asked.where(asked > 0, scale[:, index]).float(), dtype)
+        error = (asked - found[:, index]) / factor[:, index, index]
+        free[:, index + 1 :] -= error[:, None] * factor[:, index, index + 1 :]
 
-    better = (failed == 0) & (solved > 0).all(1) & (error(found) < error(scale))
-    return torch.where(better[:, None], found, scale)
+    change = (found - scale).double()
+    gain = (2 * wanted - (normal @ change[..., None])[..., 0]).mul_(change).sum(1)
+    return torch.where(((failed == 0) & (gain > 0))[:, None], found, scale)
+
+
+def upper_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """U, upper triangular with U^T U = `matrix` ** -1, and 0 where the factorization succeeded.
+
+    matrix: (..., n, n), symmetric. U says how errors are made up for, one unknown after another.
+    """
+    # With rows and columns reversed, matrix = L L^T; reversed back, L is upper triangular, and
+    # its inverse is U: one factorization instead of two and an inverse.
+    lower, failed = torch.linalg.cholesky_ex(matrix.flip(-2, -1))
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    factor = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
+    return factor.flip(-2, -1), failed

@@ -28,7 +28,7 @@ from compress import calibrate
 from compress.base import Compressor, Progress, silent
 from compress.calibrate import Group
 from compress.layers import SKIP, cast_parameters, named_finite, refuse_no_effect
-from compress.output_error import fitted, output_error
+from compress.output_error import fit_codes, output_error
 from compress.quant_linear import DTYPES, QuantLinear, check_dtype
 from compress.quant_math import check_grid, fit_range, grouped, rounded
 from compress.registry import register
@@ -139,7 +139,7 @@ class Awq(Compressor):
     def quantize(self, layer: nn.Linear, gram: Tensor) -> QuantLinear:
         """Codes on the grid with the ranges that give the least output error."""
         dtype = DTYPES[self.dtype]
-        codes, scale, zero = fitted(
+        codes, scale, zero = fit_codes(
             layer.weight, gram, self.group_size, self.bits, self.symmetric, dtype, self.sweeps
         )
         return QuantLinear.from_codes(

@@ -23,7 +23,7 @@ from compress import calibrate
 from compress.base import Compressor, Progress, silent
 from compress.calibrate import Group
 from compress.layers import SKIP, cast_parameters, named_finite, refuse_no_effect
-from compress.output_error import refit_scales
+from compress.output_error import refit_scales, upper_factor
 from compress.quant_linear import DTYPES, QuantLinear, check_dtype
 from compress.quant_math import check_grid, fit_range, grouped
 from compress.registry import register
@@ -190,20 +190,15 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     gram: H, (in, in), positive semi-definite. An input that is always 0 gets a diagonal of 1.
     Damping grows tenfold until the factorization succeeds; ValueError if it never does.
     """
-    # With rows and columns reversed, H = L L^T; reversed back, L is upper triangular, and its
-    # inverse is U: one factorization instead of two and an inverse of H.
-    damped = gram.flip(0, 1).double()
+    damped = gram.to(torch.float64, copy=True)
     diagonal = damped.diagonal().clone()
     mean = diagonal.mean().item() or 1.0  # all zero: no input, any factor will do
     while damping <= 10:
         damped.diagonal().copy_(diagonal + damping * mean)
         damped.diagonal()[diagonal == 0] = 1
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            identity = torch.eye(len(gram), dtype=lower.dtype, device=lower.device)
-            factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-            if factor.isfinite().all():
-                return factor
+        factor, failed = upper_factor(damped)
+        if not failed and factor.isfinite().all():
+            return factor
         damping *= 10
     raise ValueError("H is not positive definite, however much it is damped")
 

@@ -5,8 +5,8 @@ import torch
 
 from compress import output_error as module
 from compress.methods.rtn import Rtn
-from compress.output_error import fitted, output_error, refit_scales
-from compress.quant_math import SHRINKS, fit_range, grouped, rounded, scale_and_zero
+from compress.output_error import fit_codes, output_error, refit_scales
+from compress.quant_math import SHRINKS, fit_range, fit_rows, grouped, rounded, scale_and_zero
 
 
 def weight_and_gram(rows=24, columns=90, seed=0):
@@ -23,7 +23,7 @@ def rebuilt(codes, scale, zero, size):
 
 
 def error_after(weight, gram, bits, symmetric, sweeps):
-    codes, scale, zero = fitted(weight, gram, 32, bits, symmetric, torch.float32, sweeps)
+    codes, scale, zero = fit_codes(weight, gram, 32, bits, symmetric, torch.float32, sweeps)
     assert codes.min() >= 0 and codes.max() < 2**bits and codes.equal(codes.round())
     return output_error(rebuilt(codes, scale, zero, 32) - weight, gram)
 
@@ -50,7 +50,7 @@ def test_more_sweeps_never_lose(bits, symmetric):
 def test_one_sweep_is_the_best_of_all_shrinks_in_turn():
     """Two groups: the second takes the best shrink for what the first has become."""
     weight, gram = weight_and_gram(rows=6, columns=64)
-    codes, _, zero = fitted(weight, gram, 32, 3, False, torch.float32, sweeps=1)
+    codes, _, zero = fit_codes(weight, gram, 32, 3, False, torch.float32, sweeps=1)
     groups = grouped(weight, 32)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     for row in range(6):
@@ -83,7 +83,7 @@ def test_groups_that_see_each_other_beat_groups_fitted_alone():
 
 def test_refitted_scales_solve_the_normal_equations():
     weight, gram = weight_and_gram()
-    codes, scale, zero = fitted(weight, gram, 32, 3, False, torch.float32, 0)
+    codes, scale, zero = fit_codes(weight, gram, 32, 3, False, torch.float32, 0)
     steps = codes - zero.repeat_interleave(32, 1)[:, :90]
     found = refit_scales(weight, gram, steps, scale, 32, torch.float32)
     for row in range(len(weight)):
@@ -102,7 +102,7 @@ def test_scales_stay_where_least_squares_has_no_use():
     weight, gram = weight_and_gram(rows=3, columns=64)
     weight[0] = 0  # every step is 0
     weight[1, 32:] = 0  # those of one group are
-    codes, scale, zero = fitted(weight, gram, 32, 4, True, torch.float32, 0)
+    codes, scale, zero = fit_codes(weight, gram, 32, 4, True, torch.float32, 0)
     steps = codes - zero.repeat_interleave(32, 1)
     found = refit_scales(weight, gram, steps, scale, 32, torch.float32)
     assert torch.equal(found[0], scale[0]) and found[1, 1] == scale[1, 1]
@@ -114,7 +114,7 @@ def test_scales_stay_where_least_squares_has_no_use():
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_refitted_scales_are_as_stored_and_no_row_is_worse_for_it(bits):
     weight, gram = weight_and_gram(rows=200)
-    codes, scale, zero = fitted(weight, gram, 32, bits, False, torch.bfloat16, 0)
+    codes, scale, zero = fit_codes(weight, gram, 32, bits, False, torch.bfloat16, 0)
     steps = codes - zero.repeat_interleave(32, 1)[:, :90]
     found = refit_scales(weight, gram, steps, scale, 32, torch.bfloat16)
     assert torch.equal(found, found.bfloat16().float())
@@ -127,14 +127,49 @@ def test_refitted_scales_are_as_stored_and_no_row_is_worse_for_it(bits):
     assert (errors(found) <= errors(scale) * (1 + 1e-5)).all()
 
 
+def test_scales_rounded_in_turn_lose_less_than_one_by_one():
+    """bfloat16 holds 8 bits of a scale; where one direction is massive, that much moves it."""
+    weight, gram = weight_and_gram(rows=200)
+    gram += 1000 * gram.diagonal().mean() * torch.ones_like(gram)
+    codes, scale, zero = fit_codes(weight, gram, 32, 4, False, torch.bfloat16, 0)
+    steps = codes - zero.repeat_interleave(32, 1)[:, :90]
+
+    def error(scales):
+        return output_error(rebuilt(codes, scales, zero, 32) - weight, gram)
+
+    exact = refit_scales(weight, gram, steps, scale, 32, torch.float32)
+    in_turn = error(refit_scales(weight, gram, steps, scale, 32, torch.bfloat16))
+    one_by_one = error(exact.bfloat16().float())
+    assert error(exact) < in_turn < one_by_one < error(scale)
+    assert in_turn - error(exact) < 0.4 * (one_by_one - error(exact))
+
+
+def test_a_sweep_that_changes_nothing_is_the_last(monkeypatch):
+    """One group a row has no other group to see: the first sweep finds its best range."""
+    weight, gram = weight_and_gram()
+    calls = []
+
+    def counted(*arguments, **settings):
+        calls.append(1)
+        return fit_rows(*arguments, **settings)
+
+    monkeypatch.setattr(module, "fit_rows", counted)
+    many = fit_codes(weight, gram, -1, 4, False, torch.float32, 50)
+    assert len(calls) <= 3  # whole ranges, the sweep, and one that finds nothing
+    for ours, theirs in zip(
+        many, fit_codes(weight, gram, -1, 4, False, torch.float32, 1), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("size", [32, -1])
 def test_rows_do_not_depend_on_how_many_are_worked_on_at_a_time(size, monkeypatch):
     weight, gram = weight_and_gram()
-    whole = fitted(weight, gram, size, 3, False, torch.float32, 2)
-    monkeypatch.setattr(module, "SOLVED_ROWS", 5)
+    whole = fit_codes(weight, gram, size, 3, False, torch.float32, 2)
+    monkeypatch.setattr(module, "SOLVED_PAIRS", 5 * 9)
     monkeypatch.setattr(module, "CACHED_WEIGHTS", 7 * (32 if size == 32 else 90))
     for ours, theirs in zip(
-        fitted(weight, gram, size, 3, False, torch.float32, 2), whole, strict=True
+        fit_codes(weight, gram, size, 3, False, torch.float32, 2), whole, strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
     assert whole[1].shape == (24, 3 if size == 32 else 1)
