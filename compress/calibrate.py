@@ -14,41 +14,18 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.base import Progress
+from compress.layer_inputs import Group, Statistics
 from compress.layers import Family, Half, decoder_blocks, family
 from compress.spill import Limit, Store
 
 CHUNK_TOKENS = 4096  # tokens in one forward pass: enough to keep the matrix products efficient
 SPILL_BYTES = 2 * 2**30  # inputs beyond this many bytes go to disk
-
-
-@dataclass
-class Group:
-    """Linear layers of one block that read the same input, and what calibration saw of it.
-
-    names: relative to the block. gram: (in, in) float32, mean of x x^T over the tokens.
-    magnitude: (in,) float32, mean of |x|.
-    """
-
-    block: nn.Module
-    half: Half
-    names: tuple[str, ...]
-    gram: Tensor
-    magnitude: Tensor
-
-    def chosen(self, skip: tuple[str, ...] = ()) -> dict[str, nn.Linear]:
-        """Name in the block -> layer, without those whose name ends in one of `skip`."""
-        return {
-            name: cast(nn.Linear, self.block.get_submodule(name))
-            for name in self.names
-            if not name.endswith(skip)
-        }
-
 
 Solve = Callable[[list[Group]], dict[str, nn.Module]]
 
@@ -65,9 +42,10 @@ def run(
 
     calibration: (samples, tokens) int64. solve: groups -> {name in the block: new layer}.
     mode: "sequential" solves group by group, each seeing its input as computed by the layers
-    already replaced; "block" shows all groups of a block the inputs that its float layers compute,
-    then runs the new block for the next one's inputs (`solve` may change its other parameters
-    as well). spill_bytes: inputs held in memory before they go to disk.
+    already replaced; "drift" does the same, computes the float model's inputs beside and gives
+    each group its drift; "block" shows all groups of a block the inputs that its float layers
+    compute, then runs the new block for the next one's inputs (`solve` may change its other
+    parameters as well). spill_bytes: inputs held in memory before they go to disk.
 
     Raises ValueError if calibration is not token ids of the model's vocabulary and context, or
     the model produces NaN on it.
@@ -80,9 +58,10 @@ def run(
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="slimbench-") as folder:
         states = Store(Path(folder), Limit(spill_bytes))
         context = _first_inputs(model, calibration, dtype, states)
+        floats = FloatModel(states) if mode == "drift" else None
         for done, (name, block) in enumerate(blocks, start=1):
             progress(done - 1, len(blocks))
-            work = BlockWork(family(model), block, dtype, states, context, solve, mode)
+            work = BlockWork(family(model), block, dtype, states, context, solve, mode, floats)
             try:
                 work.run(is_last=done == len(blocks))
             except ValueError as error:
@@ -101,6 +80,26 @@ def check_ids(ids: Tensor, config: Any) -> None:
         raise ValueError(f"calibration samples of {ids.shape[1]} tokens; the model reads {most}")
 
 
+class FloatModel:
+    """The model as it was: the inputs of its blocks, as float layers compute them."""
+
+    def __init__(self, states: Store):
+        self.states, self.block = states.like(), nn.Module()
+        for x in states:
+            self.states.append(x.clone())
+
+    def enter(self, block: nn.Module) -> None:
+        """The next halves are those of `block`, which stays as it is."""
+        self.block = block
+
+    def step(self, half: Half, index: int, kwargs: dict[str, Any]) -> Tensor:
+        """norm(x) of inputs `index`, which are x + module(norm(x)) from then on."""
+        x = self.states.tensors[index]
+        normed = self.block.get_submodule(half.norm)(x)
+        self.states.put(index, x + _output(self.block, half, normed, kwargs))
+        return normed
+
+
 @dataclass
 class BlockWork:
     """One block at work: gather, solve, and leave its outputs in `states`."""
@@ -112,12 +111,15 @@ class BlockWork:
     context: dict[str, Any]  # what attention is called with besides the hidden states
     solve: Solve
     mode: str
+    floats: FloatModel | None
 
     def run(self, is_last: bool) -> None:
         """Do it; the outputs of the last block are nobody's inputs and not computed."""
         # The float weights stay as they are for `solve`; a working copy runs in the fast type.
         working = copy.deepcopy(self.block).to(self.dtype)
-        sequential = self.mode == "sequential"
+        sequential = self.mode != "block"
+        if self.floats:
+            self.floats.enter(copy.deepcopy(working))
         source, outputs = self.states, self.states if sequential else self.states.like()
         pending: list[Group] = []
         for half in (self.family.attention, self.family.mlp):
@@ -131,15 +133,21 @@ class BlockWork:
                 else:
                     pending.append(group)
 
-            seen = Statistics()
-            for x in source:
-                seen.add(norm(x))
+            seen, ahead = Statistics(), None
+            for index, x in enumerate(source):
+                normed = norm(x)
+                if self.floats:
+                    ahead = self.floats.step(half, index, kwargs).float() - normed
+                seen.add(normed, ahead)
             settle(seen.group(self.block, half, half.inputs))
             seen, last_inputs = Statistics(), self.states.like()
-            for x in source:
-                last = working.get_submodule(half.output)
-                last_inputs.append(_input_of_last(module, last, norm(x), kwargs))
-                seen.add(last_inputs.tensors[-1])
+            last = working.get_submodule(half.output)
+            for index, x in enumerate(source):
+                last_input = _input_of_last(module, last, norm(x), kwargs)
+                last_inputs.append(last_input)
+                if self.floats:
+                    ahead = self.floats.states.tensors[index].float() - (x + last(last_input))
+                seen.add(last_input, ahead)
             settle(seen.group(self.block, half, (half.output,)))
             if ends_block and (is_last or not sequential):
                 break
@@ -163,51 +171,8 @@ class BlockWork:
         for index, x in enumerate(self.states):
             for half in (self.family.attention, self.family.mlp):
                 kwargs = self.context if half is self.family.attention else {}
-                out = block.get_submodule(half.module)(block.get_submodule(half.norm)(x), **kwargs)
-                x = x + (out[0] if isinstance(out, tuple) else out)
+                x = x + _output(block, half, block.get_submodule(half.norm)(x), kwargs)
             self.states.put(index, x)
-
-
-class Statistics:
-    """Running sums over the rows of one linear layer's input."""
-
-    def __init__(self) -> None:
-        self.gram: Tensor | None = None
-        self.magnitude: Tensor | None = None
-        self.tokens = 0
-
-    def add(self, x: Tensor) -> None:
-        """x: (..., in), any float type."""
-        rows = x.flatten(0, -2)
-        columns = rows.T.contiguous().float()  # (in, tokens)
-        if self.gram is None or self.magnitude is None:
-            self.gram = columns.new_zeros(len(columns), len(columns))
-            self.magnitude = columns.new_zeros(len(columns))
-        self.magnitude += torch.linalg.vector_norm(columns, ord=1, dim=1)
-        self.tokens += len(rows)
-        step = max(128, len(columns) // 4)  # the lower triangle is the upper one, mirrored
-        for start in range(0, len(columns), step):
-            stop = start + step
-            self.gram[start:stop, start:] += matmul_nt(columns[start:stop], columns[start:])
-
-    def group(self, block: nn.Module, half: Half, names: tuple[str, ...]) -> Group:
-        """The finished sums as a Group. Raises ValueError if they are not finite."""
-        assert self.gram is not None and self.magnitude is not None
-        gram = (self.gram.triu() + self.gram.triu(1).T) / self.tokens
-        if not gram.isfinite().all():
-            raise ValueError(f"the input of {names[0]} holds NaN or infinity")
-        return Group(block, half, names, gram, self.magnitude / self.tokens)
-
-
-def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T for float32 (m, k) and (n, k), by oneDNN on CPU.
-
-    torch's default float32 product on CPU is MKL's, which leaves half of AVX-512 unused on
-    processors that are not Intel's: measured 2.2x slower there, and no faster elsewhere.
-    """
-    if a.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return a @ b.T
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -217,6 +182,12 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
     return torch.bfloat16 if native else torch.float32
+
+
+def _output(block: nn.Module, half: Half, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """module(normed) of a half."""
+    out = block.get_submodule(half.module)(normed, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
 
 
 class _Stop(Exception):

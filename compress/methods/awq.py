@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from compress import calibrate
 from compress.base import Compressor, Progress, silent
-from compress.calibrate import Group
+from compress.layer_inputs import Group
 from compress.layers import SKIP, cast_parameters, named_finite, refuse_no_effect
 from compress.output_error import fit_codes, output_error
 from compress.quant_linear import DTYPES, QuantLinear, check_dtype

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from compress.calibrate import Group
+from compress.layer_inputs import Group
 from compress.methods.awq import Awq
 from compress.methods.gptq import Gptq
 from compress.registry import register

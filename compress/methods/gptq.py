@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from compress import calibrate
 from compress.base import Compressor, Progress, silent
-from compress.calibrate import Group
+from compress.layer_inputs import Group
 from compress.layers import SKIP, cast_parameters, named_finite, refuse_no_effect
 from compress.output_error import refit_scales, upper_factor
 from compress.quant_linear import DTYPES, QuantLinear, check_dtype
@@ -80,9 +80,8 @@ class Gptq(Compressor):
         """
         if calibration is None:
             raise ValueError("gptq needs calibration: (samples, tokens) int64 token ids")
-        mode = "sequential" if self.true_sequential else "block"
         refuse_no_effect(model, self.skip)
-        calibrate.run(model, calibration, self.solve_groups, mode, progress)
+        calibrate.run(model, calibration, self.solve_groups, self.mode(), progress)
         return cast_parameters(model, DTYPES[self.dtype])
 
     def solve_groups(self, groups: list[Group]) -> dict[str, nn.Module]:
@@ -93,7 +92,8 @@ class Gptq(Compressor):
             weights = [named_finite(name, layer) for name, layer in chosen.items()]
             if not weights:
                 continue
-            codes, scale, zero, order = self.solve(torch.cat(weights), group.gram)
+            weight = self.target(torch.cat(weights), group, list(chosen))
+            codes, scale, zero, order = self.solve(weight, group.gram)
             heights = [len(weight) for weight in weights]
             parts = zip(*(tensor.split(heights) for tensor in (codes, scale, zero)), strict=True)
             for (name, layer), part in zip(chosen.items(), parts, strict=True):
@@ -108,6 +108,14 @@ class Gptq(Compressor):
                     DTYPES[self.dtype],
                 )
         return replaced
+
+    def mode(self) -> str:
+        """What a layer's inputs are computed by, see calibrate.run."""
+        return "sequential" if self.true_sequential else "block"
+
+    def target(self, weight: Tensor, group: Group, names: list[str]) -> Tensor:
+        """The weight to come near to, (out, in), of the layers `names` of `group`: their own."""
+        return weight
 
     def solve(self, weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Quantize `weight` (out, in) float32 under H = `gram` (in, in).
