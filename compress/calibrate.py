@@ -4,7 +4,8 @@ The inputs of block 0 are computed once. Then, for each half of each block, x + 
 every linear layer's input is seen exactly once: gather the statistics of norm(x), let the method
 replace the layers that read it, run the module up to its last linear layer, keep what that one
 reads, gather its statistics, let the method replace it, add its output to x. Only the block at
-work and its inputs are needed at a time; inputs move to disk when they outgrow a limit.
+work and its inputs (in "drift" mode the float model's too) are needed at a time; inputs move to
+disk when they outgrow a limit.
 
 Forward passes run in bfloat16 where the processor multiplies it natively; the sums are float32.
 """
@@ -42,8 +43,8 @@ def run(
 
     calibration: (samples, tokens) int64. solve: groups -> {name in the block: new layer}.
     mode: "sequential" solves group by group, each seeing its input as computed by the layers
-    already replaced; "drift" does the same, computes the float model's inputs beside and gives
-    each group its drift; "block" shows all groups of a block the inputs that its float layers
+    already replaced; "drift" does the same, and computes the float model's inputs beside, to say
+    how far they are ahead; "block" shows all groups of a block the inputs that its float layers
     compute, then runs the new block for the next one's inputs (`solve` may change its other
     parameters as well). spill_bytes: inputs held in memory before they go to disk.
 
@@ -58,10 +59,16 @@ def run(
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="slimbench-") as folder:
         states = Store(Path(folder), Limit(spill_bytes))
         context = _first_inputs(model, calibration, dtype, states)
-        floats = FloatModel(states) if mode == "drift" else None
+        floats = None
+        if mode == "drift":
+            floats = states.like()
+            for x in states:
+                floats.append(x.clone())
         for done, (name, block) in enumerate(blocks, start=1):
             progress(done - 1, len(blocks))
-            work = BlockWork(family(model), block, dtype, states, context, solve, mode, floats)
+            work = BlockWork(
+                family(model), block, dtype, states, floats, context, solve, mode != "block"
+            )
             try:
                 work.run(is_last=done == len(blocks))
             except ValueError as error:
@@ -80,47 +87,31 @@ def check_ids(ids: Tensor, config: Any) -> None:
         raise ValueError(f"calibration samples of {ids.shape[1]} tokens; the model reads {most}")
 
 
-class FloatModel:
-    """The model as it was: the inputs of its blocks, as float layers compute them."""
-
-    def __init__(self, states: Store):
-        self.states, self.block = states.like(), nn.Module()
-        for x in states:
-            self.states.append(x.clone())
-
-    def enter(self, block: nn.Module) -> None:
-        """The next halves are those of `block`, which stays as it is."""
-        self.block = block
-
-    def step(self, half: Half, index: int, kwargs: dict[str, Any]) -> Tensor:
-        """norm(x) of inputs `index`, which are x + module(norm(x)) from then on."""
-        x = self.states.tensors[index]
-        normed = self.block.get_submodule(half.norm)(x)
-        self.states.put(index, x + _output(self.block, half, normed, kwargs))
-        return normed
-
-
 @dataclass
 class BlockWork:
-    """One block at work: gather, solve, and leave its outputs in `states`."""
+    """One block at work: gather, solve, and leave its outputs in `states`.
+
+    floats: the block's inputs as the float model has them, if they are wanted; its outputs there
+    afterwards.
+    """
 
     family: Family
     block: nn.Module
     dtype: torch.dtype
     states: Store
+    floats: Store | None
     context: dict[str, Any]  # what attention is called with besides the hidden states
     solve: Solve
-    mode: str
-    floats: FloatModel | None
+    sequential: bool
 
     def run(self, is_last: bool) -> None:
         """Do it; the outputs of the last block are nobody's inputs and not computed."""
         # The float weights stay as they are for `solve`; a working copy runs in the fast type.
         working = copy.deepcopy(self.block).to(self.dtype)
-        sequential = self.mode != "block"
-        if self.floats:
-            self.floats.enter(copy.deepcopy(working))
-        source, outputs = self.states, self.states if sequential else self.states.like()
+        # Layers of the working copy are replaced, never changed: the float block shares them.
+        shared = {id(each): each for each in working.parameters()}
+        before = copy.deepcopy(working, shared) if self.floats else working
+        source, outputs = self.states, self.states if self.sequential else self.states.like()
         pending: list[Group] = []
         for half in (self.family.attention, self.family.mlp):
             norm, module = working.get_submodule(half.norm), working.get_submodule(half.module)
@@ -128,7 +119,7 @@ class BlockWork:
             ends_block = half is self.family.mlp
 
             def settle(group: Group) -> None:
-                if sequential:
+                if self.sequential:
                     self.install(self.solve([group]), working)
                 else:
                     pending.append(group)
@@ -137,7 +128,7 @@ class BlockWork:
             for index, x in enumerate(source):
                 normed = norm(x)
                 if self.floats:
-                    ahead = self.floats.step(half, index, kwargs).float() - normed
+                    ahead = _step(before, half, self.floats, index, kwargs).float() - normed
                 seen.add(normed, ahead)
             settle(seen.group(self.block, half, half.inputs))
             seen, last_inputs = Statistics(), self.states.like()
@@ -146,10 +137,10 @@ class BlockWork:
                 last_input = _input_of_last(module, last, norm(x), kwargs)
                 last_inputs.append(last_input)
                 if self.floats:
-                    ahead = self.floats.states.tensors[index].float() - (x + last(last_input))
+                    ahead = self.floats.tensors[index].float() - (x + last(last_input))
                 seen.add(last_input, ahead)
             settle(seen.group(self.block, half, (half.output,)))
-            if ends_block and (is_last or not sequential):
+            if ends_block and (is_last or not self.sequential):
                 break
             last = working.get_submodule(half.output)
             for index, (x, last_input) in enumerate(zip(source, last_inputs, strict=True)):
@@ -168,11 +159,9 @@ class BlockWork:
 
     def forward(self, block: nn.Module) -> None:
         """states = block(states)."""
-        for index, x in enumerate(self.states):
-            for half in (self.family.attention, self.family.mlp):
-                kwargs = self.context if half is self.family.attention else {}
-                x = x + _output(block, half, block.get_submodule(half.norm)(x), kwargs)
-            self.states.put(index, x)
+        for index in range(len(self.states.tensors)):
+            _step(block, self.family.attention, self.states, index, self.context)
+            _step(block, self.family.mlp, self.states, index, {})
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -184,10 +173,15 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _output(block: nn.Module, half: Half, normed: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """module(normed) of a half."""
+def _step(
+    block: nn.Module, half: Half, states: Store, index: int, kwargs: dict[str, Any]
+) -> Tensor:
+    """Replace inputs x at `index` by x + module(norm(x)); returns norm(x)."""
+    x = states.tensors[index]
+    normed = block.get_submodule(half.norm)(x)
     out = block.get_submodule(half.module)(normed, **kwargs)
-    return out[0] if isinstance(out, tuple) else out
+    states.put(index, x + (out[0] if isinstance(out, tuple) else out))
+    return normed
 
 
 class _Stop(Exception):

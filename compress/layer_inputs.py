@@ -14,10 +14,9 @@ class Group:
     """Linear layers of one block that read the same input, and what calibration saw of it.
 
     names: relative to the block. gram: (in, in) float32, mean of x x^T over the tokens.
-    magnitude: (in,) float32, mean of |x|. drift: for each name (out, in) float32, mean of d x^T,
-    where d is what the float model's output there is ahead of the float layer's output on x (for
-    the last layer of a half: outputs with the half's own input added, as the next half reads
-    them); empty unless it was asked for.
+    magnitude: (in,) float32, mean of |x|. ahead: float32, mean of d x^T, where d is what the float
+    model is ahead by: of x, (in, in); for the last layer of a half, of its output on x with the
+    half's own input added, as the next half reads it, (out, in). None unless it was asked for.
     """
 
     block: nn.Module
@@ -25,7 +24,12 @@ class Group:
     names: tuple[str, ...]
     gram: Tensor
     magnitude: Tensor
-    drift: dict[str, Tensor]
+    ahead: Tensor | None
+
+    def drift(self, weight: Tensor) -> Tensor:
+        """Mean of d x^T, (out, in), d being what outputs by `weight` (out, in) fall behind by."""
+        assert self.ahead is not None
+        return self.ahead if self.names == (self.half.output,) else weight @ self.ahead
 
     def chosen(self, skip: tuple[str, ...] = ()) -> dict[str, nn.Linear]:
         """Name in the block -> layer, without those whose name ends in one of `skip`."""
@@ -63,21 +67,13 @@ class Statistics:
             self.ahead = product if self.ahead is None else self.ahead.add_(product)
 
     def group(self, block: nn.Module, half: Half, names: tuple[str, ...]) -> Group:
-        """The finished sums as a Group. Raises ValueError if they are not finite.
-
-        What inputs are ahead by is multiplied by the weights: what outputs are ahead by.
-        """
+        """The finished sums as a Group. Raises ValueError if they are not finite."""
         assert self.gram is not None and self.magnitude is not None
         gram = (self.gram.triu() + self.gram.triu(1).T) / self.tokens
-        if not gram.isfinite().all():
+        ahead = None if self.ahead is None else self.ahead / self.tokens
+        if not all(sums is None or sums.isfinite().all() for sums in (gram, ahead)):
             raise ValueError(f"the input of {names[0]} holds NaN or infinity")
-        drift: dict[str, Tensor] = {}
-        if self.ahead is not None:
-            ahead = self.ahead / self.tokens
-            for name in names:
-                weight = cast(Tensor, block.get_submodule(name).weight).float()
-                drift[name] = weight @ ahead if names == half.inputs else ahead
-        return Group(block, half, names, gram, self.magnitude / self.tokens, drift)
+        return Group(block, half, names, gram, self.magnitude / self.tokens, ahead)
 
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:

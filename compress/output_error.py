@@ -24,7 +24,7 @@ from compress.quant_math import (
 )
 
 FITTED_ROWS = 256  # at least, at a time in a sweep: fewer would read H more often than needed
-SOLVED_PAIRS = 2**20  # of groups, of all rows whose scales are solved for at a time: 8 megabytes
+SOLVED = 2**23  # entries of a matrix, at most, where scales are solved for: 64 megabytes in float64
 RIDGE = 1e-4  # of the diagonal: keeps scales that hardly matter where they are
 
 
@@ -113,7 +113,7 @@ def refit_scales(
     the solution: scales are rounded one after another, and those still to come make up for it, as
     GPTQ's columns do. A row whose scales did not get better that way keeps its old ones.
     """
-    rows = max(1, SOLVED_PAIRS // scale.shape[1] ** 2)
+    rows = max(1, SOLVED // max(scale.shape[1] ** 2, weight.shape[1]))
     parts = zip(weight.split(rows), steps.split(rows), scale.split(rows), strict=True)
     return torch.cat([_refit(*part, gram, group_size, dtype) for part in parts])
 

@@ -76,7 +76,7 @@ class Awq(Compressor):
         sense, or if a weight is not finite.
         """
         if calibration is None:
-            raise ValueError("awq needs calibration: (samples, tokens) int64 token ids")
+            raise ValueError("this method needs calibration: (samples, tokens) int64 token ids")
         refuse_no_effect(model, self.skip)
         calibrate.run(model, calibration, self.solve_groups, "block", progress)
         return cast_parameters(model, DTYPES[self.dtype])
@@ -137,7 +137,7 @@ class Awq(Compressor):
                 yield (s / (s.max() * s.min()).sqrt()).clamp(min=1e-4)
 
     def quantize(self, layer: nn.Linear, gram: Tensor) -> QuantLinear:
-        """Codes on the grid with the ranges that give the least output error."""
+        """Codes on ranges that the sweeps found, with scales fitted to them, see fit_codes."""
         dtype = DTYPES[self.dtype]
         codes, scale, zero = fit_codes(
             layer.weight, gram, self.group_size, self.bits, self.symmetric, dtype, self.sweeps

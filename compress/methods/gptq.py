@@ -79,7 +79,7 @@ class Gptq(Compressor):
         sense, if a weight is not finite, or if no damping makes H positive definite.
         """
         if calibration is None:
-            raise ValueError("gptq needs calibration: (samples, tokens) int64 token ids")
+            raise ValueError("this method needs calibration: (samples, tokens) int64 token ids")
         refuse_no_effect(model, self.skip)
         calibrate.run(model, calibration, self.solve_groups, self.mode(), progress)
         return cast_parameters(model, DTYPES[self.dtype])
@@ -92,8 +92,9 @@ class Gptq(Compressor):
             weights = [named_finite(name, layer) for name, layer in chosen.items()]
             if not weights:
                 continue
-            weight = self.target(torch.cat(weights), group, list(chosen))
-            codes, scale, zero, order = self.solve(weight, group.gram)
+            weight = torch.cat(weights)
+            drift = self.drift(weight, group)
+            codes, scale, zero, order = self.solve(weight, group.gram, drift)
             heights = [len(weight) for weight in weights]
             parts = zip(*(tensor.split(heights) for tensor in (codes, scale, zero)), strict=True)
             for (name, layer), part in zip(chosen.items(), parts, strict=True):
@@ -110,16 +111,20 @@ class Gptq(Compressor):
         return replaced
 
     def mode(self) -> str:
-        """What a layer's inputs are computed by, see calibrate.run."""
+        """What calibration shows to a layer, see calibrate.run."""
         return "sequential" if self.true_sequential else "block"
 
-    def target(self, weight: Tensor, group: Group, names: list[str]) -> Tensor:
-        """The weight to come near to, (out, in), of the layers `names` of `group`: their own."""
-        return weight
+    def drift(self, weight: Tensor, group: Group) -> Tensor | None:
+        """What outputs by `weight` should make up for, see Group.drift: nothing."""
+        return None
 
-    def solve(self, weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def solve(
+        self, weight: Tensor, gram: Tensor, drift: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Quantize `weight` (out, in) float32 under H = `gram` (in, in).
 
+        drift: mean of d x^T, (out, in); what is quantized is then the weight that puts out d more,
+        weight + drift (H + damping)^-1, by least squares.
         Returns codes (out, in) uint8, scale and zero (out, groups) float32, and the order of the
         columns, (in,), if groups follow it (act_order without static_groups), else None.
         """
@@ -133,10 +138,12 @@ class Gptq(Compressor):
         ordered = gram[order][:, order] if self.act_order else gram
         factor = inverse_factor(ordered, self.damping).float()
         cost = factor.diagonal() ** -2
+        back = torch.argsort(order)
+        if drift is not None:
+            weight = weight + (drift[:, order] @ factor.T @ factor)[:, back]
 
         # Rows of these transposed matrices are columns of W: contiguous, and the loop is theirs.
         todo = weight[:, order].T.contiguous()  # (in, out)
-        back = torch.argsort(order)
         if self.static_groups:
             scale, zero = self._ranges(weight, cost[back])
             group_of = order.cpu()

@@ -2,22 +2,23 @@
 
 By the time a layer W is quantized, layers before it are, and its input x is no longer the float
 model's input f. Least squares for the outputs W f on the inputs x asks for
-W + W E[(f - x) x^T] H^-1, with H = E[x x^T]. All of it fits the noise of the calibration text as
-well, so `strength` of it is taken; GPTQ then quantizes that weight instead of W.
+W + W E[(f - x) x^T] H^-1, with H = E[x x^T] damped as GPTQ damps it. All of that fits the noise of
+the calibration text as well, so `strength` of it is taken; GPTQ then quantizes that weight.
 
 Source: Y. Arai and Y. Ichikawa, "Quantization Error Propagation: Revisiting Layer-Wise
 Post-Training Quantization", 2025, https://arxiv.org/abs/2504.09629
-Differs from it in one point: the last layer of each half of a block (attention's output, the MLP's)
-adds to the residual stream, which has drifted as well, so its target is the sum of both.
+Differs from it in two points: the last layer of each half of a block (attention's output, the
+MLP's) adds to the residual stream, which has drifted as well, so its target is the sum of both; and
+the GPTQ is that of `gptq`, with the differences named there. The authors' program leaves out the
+MLP's last layer unless it is told otherwise.
 """
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from compress.layer_inputs import Group
-from compress.methods.gptq import Gptq, inverse_factor
+from compress.methods.gptq import Gptq
 from compress.registry import register
 
 
@@ -25,8 +26,9 @@ from compress.registry import register
 class Qep(Gptq):
     """The settings of `gptq`, and strength: share of the correction, 0 (gptq) to 1 (all of it).
 
-    Inputs have to be those of the layers already quantized: true_sequential has to be true. The
-    float model's inputs are computed and held beside them.
+    damping tames the correction as well as the feedback of errors. Inputs have to be those of the
+    layers already quantized: true_sequential has to be true. The float model's inputs are computed
+    and held beside them.
     """
 
     strength: float = 0.5
@@ -40,14 +42,12 @@ class Qep(Gptq):
             raise ValueError("inputs drift as layers are quantized: true_sequential has to be true")
 
     def mode(self) -> str:
-        """What a layer's inputs are computed by, see calibrate.run."""
-        return "drift"
+        """See Gptq."""
+        return "drift" if self.strength else super().mode()
 
-    def target(self, weight: Tensor, group: Group, names: list[str]) -> Tensor:
-        """`weight` (out, in), corrected for what its input and the residual stream drifted by."""
-        drift = torch.cat([group.drift[name] for name in names])
-        factor = inverse_factor(group.gram, self.damping).float()
-        return weight + self.strength * (drift @ factor.T) @ factor
+    def drift(self, weight: Tensor, group: Group) -> Tensor | None:
+        """A share of what the layer's input and the residual stream have drifted by."""
+        return self.strength * group.drift(weight) if self.strength else None
 
 
 register("qep", Qep())

@@ -4,8 +4,9 @@
 
 A record of `none` is compared with lm-eval's rolling log-likelihood of the model, each window a
 document whose first token is its prefix; a peer's record with the artefact as its own library, or
-transformers, loads it, and torch's cross entropy. Windows of tokens are the bench's; loading and
-scoring are not. Prints both perplexities and their relative difference.
+transformers, loads it, and torch's cross entropy. Windows of tokens are the bench's, and so
+is how many a script reads at a time (LLM.int8 makes exceptions of what is large anywhere in a
+batch); loading and scoring are not. Prints both perplexities and their relative difference.
 
 --windows: only the first so many, 0 for all. --model: the record's model, where its name is that of
 a folder. Needs the records' artefacts in the cache and, for `none`, `python -m baselines setup
@@ -22,6 +23,7 @@ from typing import Any
 
 from bench import data, environments, models
 from bench.machine import machine
+from bench.metrics.perplexity import BATCH_TOKENS
 from bench.paths import cache_dir
 
 LM_EVAL = """
@@ -47,10 +49,10 @@ torch.set_num_threads(threads)
 {load}
 sums = []
 with torch.no_grad():
-    for ids in windows:
-        logits = model(torch.tensor([ids])).logits[0, :-1].float()
-        target = torch.tensor(ids[1:])
-        sums.append(torch.nn.functional.cross_entropy(logits, target, reduction="sum").item())
+    for ids in torch.tensor(windows).split({batch}):
+        for row, logits in zip(ids, model(ids).logits):
+            loss = torch.nn.functional.cross_entropy(logits[:-1].float(), row[1:], reduction="sum")
+            sums.append(loss.item())
 print(json.dumps(sums))
 """
 TRANSFORMERS = """
@@ -108,6 +110,7 @@ def compared(record: dict[str, Any], count: int, name: str | None) -> tuple[floa
         environment, code, folder = "lm_eval", LM_EVAL, model.folder
     elif library in LOADS:
         environment, code = library, PLAIN.replace("{load}", LOADS[library])
+        code = code.replace("{batch}", str(max(1, BATCH_TOKENS // protocol["window"])))
         artefacts = cache_dir() / "artefacts" / machine()["name"]
         folder = artefacts / record["compress_key"] / "model"
     else:

@@ -166,8 +166,9 @@ def test_a_sweep_that_changes_nothing_is_the_last(monkeypatch):
 def test_rows_do_not_depend_on_how_many_are_worked_on_at_a_time(size, monkeypatch):
     weight, gram = weight_and_gram()
     whole = fit_codes(weight, gram, size, 3, False, torch.float32, 2)
-    monkeypatch.setattr(module, "SOLVED_PAIRS", 5 * 9)
-    monkeypatch.setattr(module, "CACHED_WEIGHTS", 7 * (32 if size == 32 else 90))
+    monkeypatch.setattr(module, "SOLVED", 5 * 90)  # 5 rows of 24 where scales are solved for
+    monkeypatch.setattr(module, "FITTED_ROWS", 7)  # and 7 in a sweep
+    monkeypatch.setattr(module, "CACHED_WEIGHTS", 1)
     for ours, theirs in zip(
         fit_codes(weight, gram, size, 3, False, torch.float32, 2), whole, strict=True
     ):

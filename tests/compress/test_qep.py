@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from compress import calibrate
 from compress.base import TorchRunner
 from compress.layer_inputs import Group
 from compress.layers import FAMILIES
@@ -14,26 +15,31 @@ from compress.methods.qep import Qep
 SETTINGS = {"bits": 2, "group_size": 32, "dtype": "float32"}
 
 
-def test_the_target_is_least_squares_for_the_float_models_outputs():
+@pytest.mark.parametrize("order", [{}, {"act_order": False}, {"static_groups": False}], ids=str)
+@pytest.mark.parametrize("strength", [1, 0.5])
+def test_the_target_is_least_squares_for_the_float_models_outputs(strength, order):
     """All of the correction: the V of least sum |W f - V x|^2, as lstsq finds it."""
     generator = torch.Generator().manual_seed(0)
     f, noise = (torch.randn(400, 20, generator=generator).double() for _ in range(2))
     x = f @ torch.randn(20, 20, generator=generator).double() / 20**0.5 + 0.1 * noise
-    weights = {name: torch.randn(7, 20, generator=generator) for name in ("q", "k")}
-    drift = {
-        name: (((f - x) @ weight.double().T).T @ x / 400).float()
-        for name, weight in weights.items()
-    }
-    gram = (x.T @ x / 400).float()
-    group = Group(torch.nn.Module(), FAMILIES["gpt2"].mlp, ("q", "k"), gram, gram[0], drift)
-    both = torch.cat(list(weights.values()))
-    expected = torch.linalg.lstsq(x, f @ both.double().T).solution.T
-    found = Qep(strength=1, damping=1e-9).target(both, group, ["q", "k"])
-    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
-    half = Qep(strength=0.5, damping=1e-9).target(both, group, ["q", "k"])
-    torch.testing.assert_close(half, (both + found) / 2, rtol=1e-5, atol=1e-5)
-    only = Qep(strength=1, damping=1e-9).target(weights["k"], group, ["k"])  # q was skipped
-    torch.testing.assert_close(only, found[7:], rtol=1e-5, atol=1e-5)
+    weight = torch.randn(7, 20, generator=generator)
+    gram, ahead = (x.T @ x / 400).float(), ((f - x).T @ x / 400).float()
+    half = FAMILIES["llama"].mlp
+    group = Group(torch.nn.Module(), half, half.inputs, gram, gram[0], ahead)
+    least_squares = torch.linalg.lstsq(x, f @ weight.double().T).solution.T
+    target = weight + strength * (least_squares.float() - weight)
+    method = Qep(group_size=8, strength=strength, damping=1e-9, **order, dtype="float32")
+    found = method.solve(weight, gram, method.drift(weight, group))
+    expected = method.solve(target, gram)
+    assert torch.equal(found[0], expected[0])
+    assert not torch.equal(found[0], method.solve(weight, gram)[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=1e-6)
+
+
+def test_the_last_layer_of_a_half_makes_up_for_what_follows_it():
+    half, ahead = FAMILIES["gpt2"].mlp, torch.randn(3, 5)
+    last = Group(torch.nn.Module(), half, (half.output,), torch.eye(5), torch.ones(5), ahead)
+    assert torch.equal(Qep(strength=0.25).drift(torch.randn(3, 5), last), ahead / 4)
 
 
 def test_none_of_the_correction_is_gptq(model, token_ids):
@@ -43,7 +49,8 @@ def test_none_of_the_correction_is_gptq(model, token_ids):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_logits_on_the_calibration_come_nearer_to_the_float_models(model, token_ids):
+def test_logits_on_the_calibration_come_nearer_to_the_float_models(model, token_ids, monkeypatch):
+    monkeypatch.setattr(calibrate, "compute_dtype", lambda device: torch.float32)
     before = TorchRunner(copy.deepcopy(model)).logits(token_ids)
     errors = []
     for method in (Gptq(**SETTINGS), Qep(**SETTINGS), Qep(**SETTINGS, strength=1)):
