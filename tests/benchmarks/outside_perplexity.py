@@ -70,6 +70,9 @@ model = GPTQModel.load(folder, device="cpu").model.eval()
     "quanto": """
 from optimum.quanto import QuantizedModelForCausalLM
 model = QuantizedModelForCausalLM.from_pretrained(folder)
+for layer in model._wrapped.modules():
+    if hasattr(getattr(layer, "weight", None), "_data"):
+        layer.weight._data = layer.weight._data.clone()  # unaligned in the mapped file: a crash
 """,
 }
 
@@ -131,7 +134,8 @@ def outside(
         command = [python, "-c", code, str(folder), file.name, str(threads)]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"in {environment}: {done.stderr.strip().splitlines()[-1]}")
+        reason = done.stderr.strip() or f"the script ended with {done.returncode}"
+        raise SystemExit(f"in {environment}: {reason.splitlines()[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
