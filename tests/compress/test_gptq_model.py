@@ -17,10 +17,10 @@ def solved(monkeypatch):
     """Shapes of the weights that `solve` is given, call by call."""
     shapes, solve = [], Gptq.solve
 
-    def spy(self, weight, gram):
+    def spy(self, weight, gram, drift=None):
         assert gram.shape == (weight.shape[1], weight.shape[1])
         shapes.append(tuple(weight.shape))
-        return solve(self, weight, gram)
+        return solve(self, weight, gram, drift)
 
     monkeypatch.setattr(Gptq, "solve", spy)
     return shapes
