@@ -128,7 +128,9 @@ class BlockWork:
             for index, x in enumerate(source):
                 normed = norm(x)
                 if self.floats:
-                    ahead = _step(before, half, self.floats, index, kwargs).float() - normed
+                    floats = _through(before, half, self.floats.tensors[index], kwargs)
+                    self.floats.put(index, floats[1])
+                    ahead = floats[0].float() - normed
                 seen.add(normed, ahead)
             settle(seen.group(self.block, half, half.inputs))
             seen, last_inputs = Statistics(), self.states.like()
@@ -159,9 +161,10 @@ class BlockWork:
 
     def forward(self, block: nn.Module) -> None:
         """states = block(states)."""
-        for index in range(len(self.states.tensors)):
-            _step(block, self.family.attention, self.states, index, self.context)
-            _step(block, self.family.mlp, self.states, index, {})
+        for index, x in enumerate(self.states):
+            _, x = _through(block, self.family.attention, x, self.context)
+            _, x = _through(block, self.family.mlp, x, {})
+            self.states.put(index, x)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -173,15 +176,13 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _step(
-    block: nn.Module, half: Half, states: Store, index: int, kwargs: dict[str, Any]
-) -> Tensor:
-    """Replace inputs x at `index` by x + module(norm(x)); returns norm(x)."""
-    x = states.tensors[index]
+def _through(
+    block: nn.Module, half: Half, x: Tensor, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """norm(x), and x + module(norm(x))."""
     normed = block.get_submodule(half.norm)(x)
     out = block.get_submodule(half.module)(normed, **kwargs)
-    states.put(index, x + (out[0] if isinstance(out, tuple) else out))
-    return normed
+    return normed, x + (out[0] if isinstance(out, tuple) else out)
 
 
 class _Stop(Exception):
