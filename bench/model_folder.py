@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from compress import checkpoint
+from compress import checkpoint, model_files
 from compress.layers import is_tied
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
@@ -24,7 +24,7 @@ def complete(folder: Path, tokenizer: Any, lineage: dict[str, Any]) -> None:
     random numbers. lineage: at least `source`, one line for people.
     """
     add_tokenizer(folder, tokenizer, lineage)
-    config = checkpoint.read_json(folder / "config.json")
+    config = model_files.read_json(folder / "config.json")
     config.pop("transformers_version", None)  # equal models get equal bytes
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     config.pop("architectures", None)
@@ -39,7 +39,7 @@ def complete(folder: Path, tokenizer: Any, lineage: dict[str, Any]) -> None:
 def add_tokenizer(folder: Path, tokenizer: Any, lineage: dict[str, Any]) -> None:
     """Put the tokenizer and lineage.json into `folder`."""
     tokenizer.save_pretrained(folder)
-    settings = checkpoint.read_json(folder / "tokenizer_config.json")
+    settings = model_files.read_json(folder / "tokenizer_config.json")
     # The class that takes tokenizer.json as it is; GPT2Tokenizer would put its own splitter in.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     for private in ("backend", "is_local", "local_files_only"):

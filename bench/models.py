@@ -20,7 +20,7 @@ from safetensors import safe_open
 from bench import embedded
 from bench.data_sets import ASSETS
 from bench.paths import cache_dir
-from compress import checkpoint
+from compress import model_files
 from compress.layers import FAMILIES
 from compress.registry import did_you_mean
 
@@ -118,7 +118,7 @@ def tokenizer_in(folder: Path) -> "PreTrainedTokenizerBase":
 def lineage(model: Model) -> dict[str, Any] | None:
     """Where the weights come from, if the folder says so in lineage.json."""
     path = model.folder / "lineage.json"
-    return checkpoint.read_json(path) if path.is_file() else None
+    return model_files.read_json(path) if path.is_file() else None
 
 
 def _at_path(path: Path) -> tuple[str, Path]:
@@ -201,12 +201,12 @@ def _check(folder: Path) -> None:
     """Raise ValueError, one line naming the file and the cure, if `folder` cannot be a model."""
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds only an adapter; merge it into its base model first")
-    config = checkpoint.read_json(folder / "config.json")
+    config = model_files.read_json(folder / "config.json")
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ValueError(f"{folder / 'config.json'}: model_type {kind!r}; give one of: {known}")
-    for path in checkpoint.weight_files(folder):
+    for path in model_files.weight_files(folder):
         if not path.is_file():
             raise ValueError(f"{path} is missing; download or copy it again")
         try:
@@ -220,7 +220,7 @@ def _check(folder: Path) -> None:
 def _revision(folder: Path) -> str:
     """16 hex digits over the names and contents of all files that decide the numbers."""
     names = ["config.json", "compression.json", *TOKENIZER_FILES, "tokenizer_config.json"]
-    files = [folder / name for name in names] + checkpoint.weight_files(folder)
+    files = [folder / name for name in names] + model_files.weight_files(folder)
     hashes = [(file.name, _sha256(file)) for file in files if file.is_file()]
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
 

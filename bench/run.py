@@ -17,7 +17,7 @@ from bench.launch import ROOT, Report, Task, launch, start_server
 from bench.machine import cores, machine, packages
 from bench.metrics import METRICS
 from bench.source_hash import source_hash
-from compress import checkpoint, registry
+from compress import checkpoint, model_files, registry
 from compress.base import Compressor
 from results import store
 
@@ -229,7 +229,7 @@ def protocol_for(alias: str, context: int, request: Request) -> dict[str, Any]:
 
 def context_of(model: models.Model) -> int:
     """Tokens that the model reads at once."""
-    config = checkpoint.read_json(model.folder / "config.json")
+    config = model_files.read_json(model.folder / "config.json")
     return config.get("max_position_embeddings") or config.get("n_positions") or sys.maxsize
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import checkpoint
+from compress.layers import model_dtype
 
 Progress = Callable[[int, int], None]  # (decoder blocks done, decoder blocks in all)
 
@@ -127,7 +128,7 @@ class TorchRunner:
 
     def kernels(self, rows: int) -> list[str]:
         """See Runner. Layers of ours name their kernel; plain ones are named by their type."""
-        dtype = self.model.get_input_embeddings().weight.dtype
+        dtype = model_dtype(self.model)
         names = set()
         for module in self.model.modules():
             if hasattr(module, "kernel"):

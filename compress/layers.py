@@ -86,6 +86,11 @@ def family(model: nn.Module) -> Family:
     return FAMILIES[model_type]
 
 
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """The floating-point type that `model` computes in: that of its last norm."""
+    return next(model.get_submodule(family(model).norm).parameters()).dtype
+
+
 def decoder_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(dotted name, block) of every decoder block, first to last."""
     name = family(model).blocks

@@ -27,11 +27,12 @@ def check_dtype(name: str) -> None:
 
 
 class QuantLinear(nn.Module):
-    """y = x W^T + bias with W = scale * (code - zero).
+    """y = x W^T + bias with W = scale * (code - zero), or scale * code + offset.
 
     codes: pack()ed (out, bytes). scale: (out or 1, groups). zero: pack()ed (out or 1, bytes), or
     None for symmetric codes. bias: (out,) or None. order: (in,) int32 or None; code column j
-    belongs to input order[j] (GPTQ's act-order without static groups).
+    belongs to input order[j] (GPTQ's act-order without static groups). offset: like scale, or None;
+    where it is given there is no zero, not even the symmetric one (GGUF's Q4_1).
     """
 
     kind = "quant"
@@ -40,6 +41,7 @@ class QuantLinear(nn.Module):
     zero: Tensor | None
     bias: Tensor | None
     order: Tensor | None
+    offset: Tensor | None
 
     def __init__(
         self,
@@ -51,6 +53,7 @@ class QuantLinear(nn.Module):
         group_size: int,
         in_features: int,
         order: Tensor | None = None,
+        offset: Tensor | None = None,
     ):
         super().__init__()
         self.bits, self.group_size, self.in_features = bits, group_size, in_features
@@ -58,6 +61,7 @@ class QuantLinear(nn.Module):
         for name, tensor in dict(codes=codes, scale=scale, zero=zero, bias=bias).items():
             self.register_buffer(name, tensor)
         self.register_buffer("order", order)
+        self.register_buffer("offset", offset)
         self._int4: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     @classmethod
@@ -71,13 +75,17 @@ class QuantLinear(nn.Module):
         group_size: int,
         order: Tensor | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        offset: Tensor | None = None,
     ) -> Self:
         """Pack unsigned codes (out, in) with scale and zero (out or 1, groups); zero None = middle.
 
-        Scale and bias are stored in `dtype`. Raises ValueError if scale is not finite.
+        Scale, offset and bias are stored in `dtype`. Raises ValueError if a scale or an offset is
+        not finite, or an offset stands beside a zero.
         """
-        if not scale.isfinite().all():
+        if not all(part.isfinite().all() for part in (scale, offset) if part is not None):
             raise ValueError("the scale holds NaN or infinity")
+        if offset is not None and zero is not None:
+            raise ValueError("a layer has zeros or offsets, not both")
         columns = codes.shape[1]
         size = columns if group_size == -1 else min(group_size, columns)
         return cls(
@@ -89,6 +97,7 @@ class QuantLinear(nn.Module):
             size,
             columns,
             None if order is None else order.to(torch.int32),
+            None if offset is None else offset.to(dtype).contiguous(),
         )
 
     def spec(self) -> dict[str, Any]:
@@ -103,6 +112,7 @@ class QuantLinear(nn.Module):
             "symmetric": self.zero is None,
             "bias": self.bias is not None,
             "order": self.order is not None,
+            "offset": self.offset is not None,
             "dtype": str(self.scale.dtype).removeprefix("torch."),
         }
 
@@ -113,6 +123,8 @@ class QuantLinear(nn.Module):
         size, scale_rows = whole(spec, "group_size"), whole(spec, "scale_rows")
         if bits not in BITS or size > columns or scale_rows not in (1, rows):
             raise ValueError(f"not a layer: {spec}")
+        if spec.get("offset") and not spec.get("symmetric"):
+            raise ValueError(f"a layer has zeros or offsets, not both: {spec}")
         groups, dtype = -(-columns // size), dtype_of(spec)
         code_type = torch.int8 if bits == 8 else torch.uint8
 
@@ -130,13 +142,15 @@ class QuantLinear(nn.Module):
             size,
             columns,
             empty(columns, dtype=torch.int32) if spec.get("order") else None,
+            empty(scale_rows, groups, dtype=dtype) if spec.get("offset") else None,
         )
 
     def codes_and_zero(self) -> tuple[Tensor, Tensor]:
         """Unsigned codes (out, in) and zero (out or 1, groups), both uint8."""
         codes = unpack(self.codes, self.bits, self.in_features)
         if self.zero is None:
-            return codes, torch.full_like(self.scale, 2 ** (self.bits - 1), dtype=torch.uint8)
+            zero = 0 if self.offset is not None else 2 ** (self.bits - 1)
+            return codes, torch.full_like(self.scale, zero, dtype=torch.uint8)
         return codes, unpack(self.zero, self.bits, self.scale.shape[1])
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -145,6 +159,21 @@ class QuantLinear(nn.Module):
         code - zero is a whole number below 256 and so exact in every type; one rounding follows.
         """
         dtype = dtype or self.scale.dtype
+        return self._weight(dtype)
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Rows of the rebuilt weight, (n, in) for numbers (n,) int64, in the scale's type."""
+        scale, zero, offset = (
+            part if part is None or len(self.scale) == 1 else part[numbers]
+            for part in (self.scale, self.zero, self.offset)
+        )
+        assert scale is not None
+        size, columns, order = self.group_size, self.in_features, self.order
+        codes = self.codes[numbers]
+        part = QuantLinear(codes, scale, zero, None, self.bits, size, columns, order, offset)
+        return part.weight()
+
+    def _weight(self, dtype: torch.dtype) -> Tensor:
         values, scale = self._steps(dtype), self.scale.to(dtype)
         groups = scale.shape[1]
         if groups == 1:
@@ -153,17 +182,21 @@ class QuantLinear(nn.Module):
             values.view(-1, groups, self.group_size).mul_(scale[..., None])
         else:
             values = values.mul_(self._per_column(scale))
+        if self.offset is not None:
+            values = values.add_(self._per_column(self.offset.to(dtype)))
         if self.order is not None:
             values = values[:, torch.argsort(self.order)]
         return values
 
     def _steps(self, dtype: torch.dtype) -> Tensor:
         """code - zero, (out, in) in `dtype`, in the order of the codes."""
-        if self.bits == 8 and self.zero is None:
+        if self.bits == 8 and self.zero is None and self.offset is None:
             return self.codes.to(dtype)  # stored minus 128, which is the symmetric zero
         codes, zero = self.codes_and_zero()
         values, zero = codes.to(dtype), zero.to(dtype)
         groups = zero.shape[1]
+        if self.offset is not None:
+            return values
         if self.zero is None:
             return values.sub_(2 ** (self.bits - 1))
         if groups * self.group_size == self.in_features:
@@ -197,12 +230,13 @@ class QuantLinear(nn.Module):
         It is while x has fewer rows than columns; but unscaled sums leave the range of float16.
         """
         fewer = x.numel() < self.in_features**2 and x.dtype != torch.float16
-        return fewer and self.scale.shape[1] == 1 and self.order is None
+        plain = self.order is None and self.offset is None
+        return fewer and self.scale.shape[1] == 1 and plain
 
     def kernel(self, rows: int, dtype: torch.dtype) -> str:
         """Which arithmetic `forward` uses for so many input rows: a name for records."""
         fits = rows < FEW_ROWS and dtype == torch.bfloat16 and self.codes.device.type == "cpu"
-        if fits and self.order is None:
+        if fits and self.order is None and self.offset is None:
             divides = self.in_features % self.group_size == 0
             shape = self.group_size in INT4_GROUPS and divides and self.out_features % 16 == 0
             if self.bits == 4 and shape and self.scale.shape[0] == self.out_features:

@@ -20,7 +20,7 @@ from bench.errors import UsageError
 from bench.machine import LIBRARIES, commit, cores, machine, packages
 from bench.source_hash import ROOT
 from bench.terminal import out, watching
-from compress import checkpoint
+from compress import checkpoint, model_files
 from finetune.decoding.loading import DTYPE_NAMES, dtype_named, find, tokenizer_of
 from finetune.judging.judge import Judging, judge
 from finetune.judging.nlg_metrics import check_installed
@@ -130,7 +130,7 @@ def _about(settings: Settings, found: models.Model) -> dict[str, Any]:
     """What the record says of the model. parent: revision of what it was made from."""
     about: dict[str, Any] = {"alias": settings.name or found.alias, "revision": found.revision}
     if (found.folder / checkpoint.ABOUT).exists():
-        compression = checkpoint.read_json(found.folder / checkpoint.ABOUT)
+        compression = model_files.read_json(found.folder / checkpoint.ABOUT)
         about["compression"] = {key: compression.get(key) for key in ("method", "settings")}
     if lineage := models.lineage(found):
         about["lineage"] = lineage

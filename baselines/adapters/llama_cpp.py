@@ -23,8 +23,8 @@ from torch import Tensor
 
 from baselines.peer import Peer, WholeLogits
 from compress.base import Progress, Runner, silent
-from compress.checkpoint import IGNORED
 from compress.layers import is_tied
+from compress.model_files import IGNORED
 from compress.registry import register
 
 MODEL = "model.gguf"

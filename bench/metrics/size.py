@@ -13,8 +13,9 @@ from typing import Any
 from safetensors import safe_open
 
 from bench.metrics.subject import Progress, Subject
-from compress.checkpoint import IGNORED, layer_specs, read_json, weight_files
+from compress.checkpoint import layer_specs
 from compress.layers import is_tied
+from compress.model_files import IGNORED, read_json, weight_files
 
 FOREIGN = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx_data")  # files of weights
 NOT_OF_THE_MODEL = (  # some libraries copy the tokenizer; our artefacts hold none

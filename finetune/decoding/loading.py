@@ -12,7 +12,7 @@ import torch
 
 from bench import models
 from bench.errors import UsageError
-from compress import checkpoint
+from compress import checkpoint, model_files
 from compress.quant_linear import DTYPES
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ def find(name: str) -> models.Model:
     Raises UsageError, with the cure, for a run or a LoRA adapter that is not a model yet.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / checkpoint.CONFIG).exists():
-        if (folder / "model" / checkpoint.CONFIG).exists():
+    if folder.is_dir() and not (folder / model_files.CONFIG).exists():
+        if (folder / "model" / model_files.CONFIG).exists():
             return models.resolve(str(folder / "model"))
         if (folder / "adapter_config.json").is_file() or (folder / "adapter").is_dir():
             raise UsageError(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bench.errors import UsageError
-from compress import checkpoint
+from compress import checkpoint, model_files
 from compress.layers import FAMILIES
 from finetune.options import setting
 
@@ -114,7 +114,7 @@ def _config(sizes: Architecture) -> dict[str, Any]:
     path = Path(sizes.family)
     if not path.is_file():
         raise UsageError(f"--family {sizes.family!r} is none of {', '.join(FAMILIES)} and no file")
-    config = checkpoint.read_json(path)
+    config = model_files.read_json(path)
     if config.get("model_type") not in FAMILIES:
         raise UsageError(f"{path}: model_type must be one of {', '.join(FAMILIES)}")
     return config
