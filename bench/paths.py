@@ -7,20 +7,14 @@ what a killed process left behind is swept away by the next one that wants the s
 
 import fcntl
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from compress.kernel_choice import cache_dir
+
 log = logging.getLogger(__name__)
-
-
-def cache_dir() -> Path:
-    """$SLIMBENCH_CACHE, or ~/.cache/slimbench; absolute, not necessarily there yet."""
-    chosen = os.environ.get("SLIMBENCH_CACHE") or "~/.cache/slimbench"
-    # os.path.expanduser leaves an unknown ~name alone where Path.expanduser raises.
-    return Path(os.path.expanduser(chosen)).resolve()
 
 
 def made_once(place: str, write: Callable[[Path], None]) -> Path:

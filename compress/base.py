@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import checkpoint
+from compress.decoder import decoder_for
 from compress.layers import model_dtype
 
 Progress = Callable[[int, int], None]  # (decoder blocks done, decoder blocks in all)
@@ -96,21 +97,32 @@ class Compressor:
 
 
 class TorchRunner:
-    """Runner over a Hugging Face causal language model (compressed or not)."""
+    """Runner over a Hugging Face causal language model (compressed or not).
 
-    def __init__(self, model: Any):
+    Models that decoder.py knows run by its forward pass, the others by their own. own: the layers
+    are ours; those that read the same input are joined, and stay in `model` as views.
+    """
+
+    def __init__(self, model: Any, own: bool = True):
         self.model = model.eval()
+        self.decoder = decoder_for(model, own)
 
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
         """See Runner."""
+        if self.decoder:
+            return self.decoder.head(self.decoder.forward(ids)).float()
         return self.model(ids, use_cache=False).logits.float()
 
     @torch.inference_mode()
     def logit_chunks(self, ids: Tensor, chunk_tokens: int) -> Iterator[tuple[slice, Tensor]]:
         """See Runner. GPT-2 and Llama project the last hidden state by one linear layer."""
-        hidden = self.model.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
-        head = self.model.get_output_embeddings()
+        if self.decoder:
+            hidden, head = self.decoder.forward(ids), self.decoder.head
+        else:
+            hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
+            head = self.model.get_output_embeddings()
+        hidden = hidden.flatten(0, 1)
         for start in range(0, len(hidden), chunk_tokens):
             piece = slice(start, min(start + chunk_tokens, len(hidden)))
             yield piece, head(hidden[piece])
@@ -118,21 +130,27 @@ class TorchRunner:
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
         """See Runner."""
+        if self.decoder:
+            cache = self.decoder.cache(len(ids))
+            return self.decoder.head(self.decoder.forward(ids, cache)[:, -1]), cache
         out = self.model(ids, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1], out.past_key_values
 
     @torch.inference_mode()
     def decode(self, ids: Tensor, cache: Any) -> Tensor:
         """See Runner."""
+        if self.decoder:
+            return self.decoder.head(self.decoder.forward(ids, cache)[:, -1])
         return self.model(ids, past_key_values=cache, use_cache=True).logits[:, -1]
 
     def kernels(self, rows: int) -> list[str]:
         """See Runner. Layers of ours name their kernel; plain ones are named by their type."""
         dtype = model_dtype(self.model)
+        layers = self.decoder.linears() if self.decoder else self.model.modules()
         names = set()
-        for module in self.model.modules():
-            if hasattr(module, "kernel"):
-                names.add(module.kernel(rows, dtype))
-            elif isinstance(module, nn.Linear):
+        for layer in layers:
+            if hasattr(layer, "kernel"):
+                names.add(layer.kernel(rows, dtype))
+            elif isinstance(layer, nn.Linear):
                 names.add(f"linear {str(dtype).removeprefix('torch.')}")
         return sorted(names)

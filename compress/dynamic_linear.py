@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.kernels import FOR_INTEGERS
 from compress.quant_linear import QuantLinear, dtype_of, whole
 
 
@@ -22,6 +23,7 @@ class Int8DynamicLinear(QuantLinear):
     """
 
     kind = "int8_dynamic"
+    candidates = FOR_INTEGERS
     _sums: Tensor | None = None
 
     @classmethod
@@ -35,26 +37,24 @@ class Int8DynamicLinear(QuantLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the type of x."""
-        flat = x.reshape(-1, self.in_features).float()
-        low = flat.amin(1, keepdim=True).clamp_(max=0)
-        high = flat.amax(1, keepdim=True).clamp_(min=0)
-        input_scale = ((high - low) / 255).clamp_(min=torch.finfo(torch.float32).tiny)
-        input_zero = torch.round(-128 - low / input_scale)
-        codes = torch.round(flat / input_scale).add_(input_zero).clamp_(-128, 127)
-        product = torch._int_mm(codes.to(torch.int8), self.codes.T)  # (tokens, out) int32
-        y = product.sub_(input_zero.int() * self._row_sums()).float()
-        y *= input_scale * self.scale[:, 0].float()
-        y = y.to(x.dtype).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        flat = x.reshape(-1, self.in_features)
+        kernel = self.kernel_for(len(flat), x.dtype)
+        low, high = torch.aminmax(flat, dim=1, keepdim=True)
+        low, high = low.clamp_(max=0).float(), high.clamp_(min=0).float()
+        scale = ((high - low) / 255).clamp_(min=torch.finfo(torch.float32).tiny)
+        zero = torch.round(-128 - low / scale)
+        codes = torch.round(flat / scale).clamp_(-128 - zero, 127 - zero)
+        y = kernel.multiply(self, codes.to(x.dtype)) * scale
+        y = y.to(x.dtype)
+        if self.bias is not None:
+            y += self.bias.to(x.dtype)
+        return y.view(*x.shape[:-1], -1)
 
-    def _row_sums(self) -> Tensor:
+    def row_sums(self) -> Tensor:
+        """Sum of each row's codes, (out,) int32."""
         if self._sums is None:
             self._sums = self.codes.sum(1, dtype=torch.int32)
         return self._sums
-
-    def kernel(self, rows: int, dtype: torch.dtype) -> str:
-        """See QuantLinear."""
-        return "int_mm"
 
 
 class Float16Linear(nn.Module):

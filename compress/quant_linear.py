@@ -10,14 +10,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from compress import int4_layout
+from compress.kernel_choice import FEW_ROWS, choose
+from compress.kernels import FOR_WEIGHTS, Kernel
 from compress.quant_math import BITS, pack, packed_bytes, unpack
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-FEW_ROWS = 16  # below it torch's weight-only kernels win over rebuilding the weight
-ALIGNMENT = 64  # bytes; what torch's allocator gives, and a memory-mapped file does not
-INT4_GROUPS = (32, 64, 128, 256)  # what _weight_int4pack_mm_for_cpu takes; it does not check
 
 
 def check_dtype(name: str) -> None:
@@ -36,6 +35,7 @@ class QuantLinear(nn.Module):
     """
 
     kind = "quant"
+    candidates = FOR_WEIGHTS
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
@@ -62,7 +62,10 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.register_buffer("order", order)
         self.register_buffer("offset", offset)
-        self._int4: tuple[Tensor, Tensor, Tensor | None] | None = None
+        # What kernels prepare and measure; see kernels.py.
+        self.int4: tuple[int, Tensor, Tensor | None] | None = None
+        self.int8: tuple[Tensor, Tensor | None] | None = None
+        self.chosen: dict[torch.dtype, tuple[Kernel, Kernel]] = {}
 
     @classmethod
     def from_codes(
@@ -147,129 +150,141 @@ class QuantLinear(nn.Module):
 
     def codes_and_zero(self) -> tuple[Tensor, Tensor]:
         """Unsigned codes (out, in) and zero (out or 1, groups), both uint8."""
-        codes = unpack(self.codes, self.bits, self.in_features)
-        if self.zero is None:
-            zero = 0 if self.offset is not None else 2 ** (self.bits - 1)
-            return codes, torch.full_like(self.scale, zero, dtype=torch.uint8)
-        return codes, unpack(self.zero, self.bits, self.scale.shape[1])
+        if self.int4 is None:
+            codes = unpack(self.codes, self.bits, self.in_features)
+        else:
+            codes = int4_layout.unpack(self.codes, 0, self.out_features).T - self._raised()
+        if self.zero is not None:
+            return codes, unpack(self.zero, self.bits, self.scale.shape[1])
+        zero = 0 if self.offset is not None else 2 ** (self.bits - 1)
+        return codes, torch.full_like(self.scale, zero, dtype=torch.uint8)
+
+    def hold_int4(self) -> None:
+        """Hold the codes as the int4 kernel wants them, instead of the file's way.
+
+        Codes of 2 and 3 bits are raised, so that the middle is 8 for all.
+        """
+        self.codes = int4_layout.pack(self.codes_and_zero()[0] + (8 - 2 ** (self.bits - 1)))
+
+    def _raised(self) -> int:
+        return 0 if self.int4 is None else 8 - 2 ** (self.bits - 1)
+
+    def twin(self) -> Self:
+        """Another layer over the same tensors, as it comes from a file."""
+        rest = self.bits, self.group_size, self.in_features, self.order, self.offset
+        codes = self.state_dict()["codes"]
+        return type(self)(codes, self.scale, self.zero, self.bias, *rest)
+
+    def per_row(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes, scale, zero (also where it is the middle) and offset (0 for none), a row each."""
+        zero = pack(self.codes_and_zero()[1], self.bits)
+        offset = torch.zeros_like(self.scale) if self.offset is None else self.offset
+        scale, zero, offset = (x.expand(self.out_features, -1) for x in (self.scale, zero, offset))
+        return self.state_dict()["codes"], scale, zero, offset
+
+    def look_into(self, joined: "QuantLinear", start: int) -> None:
+        """Hold no codes any more but rows `start` and following of `joined`, which has the same."""
+        rows = slice(start, start + self.out_features)
+        self.codes = joined.codes[rows]
+        if joined.int4 is not None:
+            size, grid, shift = joined.int4
+            self.int4 = size, grid[:, rows], None if shift is None else shift[:, rows]
+        self.int8, self.chosen = None, {}
+
+    def _pick(self, numbers: Tensor) -> "QuantLinear":
+        """The layer of some rows, (n,) int64, as it would come from a file."""
+        parts = (self.scale, self.zero, self.offset)
+        one = len(self.scale) == 1
+        scale, zero, offset = (x if x is None or one else x[numbers] for x in parts)
+        if self.int4 is None:
+            codes = self.codes[numbers]
+        else:
+            codes = pack(int4_layout.rows(self.codes, numbers) - self._raised(), self.bits)
+        assert scale is not None
+        size, columns, order = self.group_size, self.in_features, self.order
+        return QuantLinear(codes, scale, zero, None, self.bits, size, columns, order, offset)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.int4 is not None:
+            destination[f"{prefix}codes"] = pack(self.codes_and_zero()[0], self.bits)
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The rebuilt weight (out, in), in the scale's type or `dtype`.
 
         code - zero is a whole number below 256 and so exact in every type; one rounding follows.
         """
-        dtype = dtype or self.scale.dtype
-        return self._weight(dtype)
+        values = self._rebuilt(0, self.out_features, dtype or self.scale.dtype).T.contiguous()
+        return values if self.order is None else values[:, torch.argsort(self.order)]
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Rows of the rebuilt weight, (n, in) for numbers (n,) int64, in the scale's type."""
-        scale, zero, offset = (
-            part if part is None or len(self.scale) == 1 else part[numbers]
-            for part in (self.scale, self.zero, self.offset)
-        )
-        assert scale is not None
-        size, columns, order = self.group_size, self.in_features, self.order
-        codes = self.codes[numbers]
-        part = QuantLinear(codes, scale, zero, None, self.bits, size, columns, order, offset)
-        return part.weight()
+        return self._pick(numbers).weight()
 
-    def _weight(self, dtype: torch.dtype) -> Tensor:
-        values, scale = self._steps(dtype), self.scale.to(dtype)
-        groups = scale.shape[1]
-        if groups == 1:
-            values = values.mul_(scale)
-        elif groups * self.group_size == self.in_features:
-            values.view(-1, groups, self.group_size).mul_(scale[..., None])
-        else:
-            values = values.mul_(self._per_column(scale))
+    def multiply_rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """x W^T for rows start to stop of W alone: (n, in) -> (n, stop - start).
+
+        x: in the order of the codes; its type is that of the arithmetic. One scale a row goes into
+        the output instead of the weight: fewer numbers, unless x has more rows than columns.
+        """
+        rows = slice(None) if len(self.scale) == 1 else slice(start, stop)
+        if self.scale.shape[1] == 1 and self.offset is None and len(x) < self.in_features:
+            return (x @ self._steps(start, stop, x.dtype)).mul_(self.scale[rows, 0].to(x.dtype))
+        return x @ self._rebuilt(start, stop, x.dtype)
+
+    def _rebuilt(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight, transposed: (in, stop - start), inputs in the order of the codes."""
+        values = self._by_groups(self._steps(start, stop, dtype), self.scale, "mul", start, stop)
         if self.offset is not None:
-            values = values.add_(self._per_column(self.offset.to(dtype)))
-        if self.order is not None:
-            values = values[:, torch.argsort(self.order)]
+            values = self._by_groups(values, self.offset, "add", start, stop)
         return values
 
-    def _steps(self, dtype: torch.dtype) -> Tensor:
-        """code - zero, (out, in) in `dtype`, in the order of the codes."""
-        if self.bits == 8 and self.zero is None and self.offset is None:
-            return self.codes.to(dtype)  # stored minus 128, which is the symmetric zero
-        codes, zero = self.codes_and_zero()
-        values, zero = codes.to(dtype), zero.to(dtype)
-        groups = zero.shape[1]
+    def _steps(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """code - zero of rows start to stop, (in, stop - start) in `dtype`."""
+        if self.int4 is not None:
+            codes = int4_layout.unpack(self.codes, start, stop)
+        elif self.bits == 8 and self.zero is None and self.offset is None:
+            return self.codes[start:stop].to(dtype).T  # stored minus 128, the symmetric zero
+        else:
+            codes = unpack(self.codes[start:stop], self.bits, self.in_features).T
+        values = codes.to(dtype)
         if self.offset is not None:
             return values
         if self.zero is None:
-            return values.sub_(2 ** (self.bits - 1))
-        if groups * self.group_size == self.in_features:
-            values.view(-1, groups, self.group_size).sub_(zero[..., None])
-            return values
-        return values.sub_(self._per_column(zero))
+            return values.sub_(2 ** (self.bits - 1) + self._raised())
+        rows = slice(None) if len(self.zero) == 1 else slice(start, stop)
+        zero = unpack(self.zero[rows], self.bits, self.scale.shape[1]) + self._raised()
+        return self._by_groups(values, zero, "sub", 0, stop - start)
 
-    def _per_column(self, per_group: Tensor) -> Tensor:
-        """(rows, groups) -> (rows, in) where the last group is short."""
-        return per_group.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
+    def _by_groups(self, values: Tensor, each: Tensor, what: str, start: int, stop: int) -> Tensor:
+        """Add, subtract or multiply, in place, one number a group into values (in, rows)."""
+        each = (each if len(each) == 1 else each[start:stop]).to(values.dtype).T  # (groups, rows)
+        act = getattr(Tensor, f"{what}_")
+        groups, whole = len(each), self.in_features // self.group_size
+        if whole:
+            act(values[: whole * self.group_size].unflatten(0, (whole, -1)), each[:whole, None])
+        if groups > whole:
+            act(values[whole * self.group_size :], each[whole:])
+        return values
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the type of x."""
-        kernel = self.kernel(x.numel() // self.in_features, x.dtype)
-        if kernel == "int4pack":
-            y = self._int4_forward(x)
-        elif kernel == "int8pack":
-            scale = self.scale[:, 0].expand(self.out_features).to(x.dtype)
-            flat = x.reshape(-1, self.in_features).contiguous()
-            y = torch.ops.aten._weight_int8pack_mm(flat, self.codes, scale.contiguous())
-            y = y.view(*x.shape[:-1], -1)
-        elif self._scales_output(x):
-            y = F.linear(x, self._steps(x.dtype)) * self.scale[:, 0].to(x.dtype)
-        else:
-            y = F.linear(x, self.weight(x.dtype))
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        flat = x.reshape(-1, self.in_features)
+        y = self.kernel_for(len(flat), x.dtype).multiply(self, flat)
+        if self.bias is not None:
+            y += self.bias.to(x.dtype)
+        return y.view(*x.shape[:-1], -1)
 
-    def _scales_output(self, x: Tensor) -> bool:
-        """Whether one scale a row is better multiplied into the output than into the weight.
-
-        It is while x has fewer rows than columns; but unscaled sums leave the range of float16.
-        """
-        fewer = x.numel() < self.in_features**2 and x.dtype != torch.float16
-        plain = self.order is None and self.offset is None
-        return fewer and self.scale.shape[1] == 1 and plain
+    def kernel_for(self, rows: int, dtype: torch.dtype) -> Kernel:
+        """What multiplies so many rows of input of type `dtype`; measured where it is new."""
+        if dtype not in self.chosen:
+            self.chosen[dtype] = choose(self, dtype, self.candidates)
+        few, many = self.chosen[dtype]
+        return few if rows < FEW_ROWS else many
 
     def kernel(self, rows: int, dtype: torch.dtype) -> str:
         """Which arithmetic `forward` uses for so many input rows: a name for records."""
-        fits = rows < FEW_ROWS and dtype == torch.bfloat16 and self.codes.device.type == "cpu"
-        if fits and self.order is None and self.offset is None:
-            divides = self.in_features % self.group_size == 0
-            shape = self.group_size in INT4_GROUPS and divides and self.out_features % 16 == 0
-            if self.bits == 4 and shape and self.scale.shape[0] == self.out_features:
-                return "int4pack"
-            # Unchecked by the kernel: it reads 16 codes at a time, with aligned loads.
-            aligned = self.in_features % 16 == 0 and self.codes.data_ptr() % ALIGNMENT == 0
-            if self.bits == 8 and self.zero is None and self.scale.shape[1] == 1 and aligned:
-                return "int8pack"
-        return "rebuild"
-
-    def _int4_forward(self, x: Tensor) -> Tensor:
-        """torch's kernel computes (code - 8) * scale + offset; our zero is added apart.
-
-        The kernel's own offset is rounded to bfloat16 and would shift the weights, so it stays 0
-        and the exact term sum over a group of x, times scale * (8 - zero), is added in float32.
-        The packed copy (half a byte a weight) is made on the first call.
-        """
-        if self._int4 is None:
-            codes, zero = self.codes_and_zero()
-            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
-            scale = self.scale.to(torch.bfloat16)
-            both = torch.stack([scale, torch.zeros_like(scale)], dim=-1)  # (out, groups, 2)
-            offset = None if self.zero is None else (8 - zero.float()).mul_(self.scale.float()).T
-            self._int4 = packed, both.transpose(0, 1).contiguous(), offset
-        packed, scale_and_offset, offset = self._int4
-        flat = x.reshape(-1, self.in_features).contiguous()
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            flat, packed, self.group_size, scale_and_offset
-        )
-        if offset is not None:
-            sums = flat.view(len(flat), -1, self.group_size).sum(-1, dtype=torch.float32)
-            y = (y.float() + sums @ offset).to(x.dtype)
-        return y.view(*x.shape[:-1], -1)
+        return self.kernel_for(rows, dtype).name
 
     def extra_repr(self) -> str:
         """Shown when a model is printed."""

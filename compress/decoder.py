@@ -1,0 +1,256 @@
+"""Llama and GPT-2 run by a forward pass of our own: the same function, a fraction of the calls.
+
+Decoding one token is bound by how many small operations Python starts, more than by arithmetic. So
+here: a cache of keys and values that is written in place; q, k and v, and gate and up, multiplied
+as one layer (rows of one matrix do not know each other: exact); rotary positions in three
+operations for queries and keys at once; query heads that share keys as rows of one product; norms
+as one fused operation. `decoder_for` says which models it takes; the others run in transformers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compress.fuse import fused
+
+Layer = Callable[[Tensor], Tensor]
+ROOM = 128  # tokens that a new cache has room for beyond the prompt
+GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
+
+
+class Cache:
+    """Keys and values of every block: one tensor (2, batch, key heads, room, width) a block.
+
+    length: tokens read so far. It grows by doubling.
+    """
+
+    def __init__(self, blocks: int, batch: int, heads: int, width: int, dtype: torch.dtype):
+        self.shape = (2, batch, heads, width)
+        self.dtype = dtype
+        self.length = self.room = 0
+        self.blocks = [torch.empty(0, dtype=dtype)] * blocks
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many more tokens."""
+        if self.length + tokens <= self.room:
+            return
+        self.room = max(2 * self.room, self.length + tokens + ROOM)
+        two, batch, heads, width = self.shape
+        for number, old in enumerate(self.blocks):
+            new = torch.empty(two, batch, heads, self.room, width, dtype=self.dtype)
+            if self.length:
+                new[..., : self.length, :] = old[..., : self.length, :]
+            self.blocks[number] = new
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block: two norms, and the linear layers as functions.
+
+    qkv: (..., in) -> (..., (heads + 2 key heads) * width). inner: what stands between the MLP's
+    first layers and its last, (..., rows of `up`) -> (..., in of `down`).
+    """
+
+    norm1: Layer
+    qkv: Layer
+    out: Layer
+    norm2: Layer
+    up: Layer
+    inner: Layer
+    down: Layer
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model as `forward` needs it. rotary: positions -> (cos, sin), or None for GPT-2."""
+
+    blocks: list[Block]
+    embed: Callable[[Tensor, int], Tensor]  # (ids, position of the first) -> hidden
+    norm: Layer
+    head: Layer
+    heads: int
+    key_heads: int
+    width: int
+    scale: float
+    rotary: "Rotary | None"
+    dtype: torch.dtype
+
+    def cache(self, batch: int) -> Cache:
+        """An empty cache."""
+        return Cache(len(self.blocks), batch, self.key_heads, self.width, self.dtype)
+
+    def linears(self) -> list[Any]:
+        """The layers that multiply matrices, the head last."""
+        called = [
+            layer for block in self.blocks for layer in (block.qkv, block.out, block.up, block.down)
+        ]
+        return [getattr(layer, "__self__", layer) for layer in [*called, self.head]]
+
+    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """(batch, seq) token ids after those in `cache` -> (batch, seq, in), the last norm done."""
+        batch, count = ids.shape
+        cache = self.cache(batch) if cache is None else cache
+        cache.reserve(count)
+        start = cache.length
+        stop = cache.length = start + count
+        x = self.embed(ids, start)
+        angles = self.rotary.at(start, stop) if self.rotary else None
+        turned = self.heads + self.key_heads
+        mask = _mask(start, stop) if start and count > 1 else None
+        for block, held in zip(self.blocks, cache.blocks, strict=True):
+            qkv = block.qkv(block.norm1(x)).view(batch, count, -1, self.width)
+            if angles is not None:
+                part = qkv.narrow(2, 0, turned)
+                other = torch.roll(part, self.width // 2, -1)
+                part.mul_(angles[0]).addcmul_(other, angles[1])
+            both = qkv.narrow(2, self.heads, 2 * self.key_heads).unflatten(2, (2, -1))
+            held.narrow(3, start, count).copy_(both.permute(2, 0, 3, 1, 4))
+            keys, values = held.narrow(3, 0, stop).unbind(0)
+            x = x + block.out(self.attend(qkv.narrow(2, 0, self.heads), keys, values, mask))
+            x = x + block.down(block.inner(block.up(block.norm2(x))))
+        return self.norm(x)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """query (batch, seq, heads, width), keys (batch, key heads, read, width).
+
+        Returns (batch, seq, heads * width).
+        """
+        batch, count = query.shape[:2]
+        if count == 1:  # heads that share keys become rows of one product
+            grouped = query.view(batch, self.key_heads, -1, self.width)
+            y = F.scaled_dot_product_attention(grouped, keys, values, scale=self.scale)
+            return y.reshape(batch, 1, -1)
+        y = F.scaled_dot_product_attention(
+            *(query.transpose(1, 2), keys, values, mask),
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=self.heads != self.key_heads,
+        )
+        return y.transpose(1, 2).reshape(batch, count, -1)
+
+
+class Rotary:
+    """Cosines and signed sines of all positions so far, as the model's own module gives them.
+
+    A channel c turns with c + width / 2: x * cos + roll(x, width / 2) * (-sin | sin).
+    """
+
+    def __init__(self, module: Any, dtype: torch.dtype):
+        self.module, self.dtype = module, dtype
+        self.cos = self.sin = torch.empty(0)
+
+    def at(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of positions start to stop, (seq, 1, width) each."""
+        if stop > len(self.cos):
+            positions = torch.arange(2 * stop)[None]
+            cos, sin = self.module(torch.empty(0, dtype=self.dtype), positions)
+            half = sin.shape[-1] // 2
+            signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+            self.cos, self.sin = cos[0, :, None], signed[0, :, None]
+        return self.cos[start:stop], self.sin[start:stop]
+
+
+class RmsNorm:
+    """x / sqrt(mean(x^2) + eps) * weight, as the LayerNorm of (x, -x), which has mean zero.
+
+    torch fuses LayerNorm on a CPU and not this: a third of the time for one token.
+    """
+
+    def __init__(self, weight: Tensor, eps: float):
+        self.twice, self.eps = torch.cat((weight, weight)).detach(), eps
+        self.width = len(weight)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., width) -> the same."""
+        both = torch.cat((x, -x), -1)
+        y = torch.layer_norm(both, self.twice.shape, self.twice, None, self.eps)
+        return y.narrow(-1, 0, self.width)
+
+
+class GatedUnit:
+    """silu(gate) * up of the two halves of its input."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., 2 * inner) -> (..., inner)."""
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+
+def _mask(start: int, stop: int) -> Tensor:
+    """Which of `stop` tokens each of those from `start` on may see, (stop - start, stop)."""
+    return torch.ones(stop - start, stop, dtype=torch.bool).tril_(start)
+
+
+def decoder_for(model: Any, own: bool = True) -> Decoder | None:
+    """`model` as a Decoder; None if something in its config is not done here.
+
+    own: layers are ours and may be joined and replaced; else they are called as they are.
+    """
+    build = {"llama": _llama, "gpt2": _gpt2}.get(model.config.model_type)
+    return build(model, own) if build else None
+
+
+def _llama(model: Any, own: bool) -> Decoder | None:
+    config, body = model.config, model.model
+    kind = getattr(body.rotary_emb, "rope_type", "default")
+    if config.hidden_act != "silu" or kind not in ("default", "linear", "llama3", "yarn"):
+        return None
+    width, dtype = body.layers[0].self_attn.head_dim, body.norm.weight.dtype
+    blocks = []
+    for layer in body.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        blocks.append(
+            Block(
+                RmsNorm(layer.input_layernorm.weight, config.rms_norm_eps),
+                fused(attention, ("q_proj", "k_proj", "v_proj"), dtype, own),
+                fused(attention, ("o_proj",), dtype, own),
+                RmsNorm(layer.post_attention_layernorm.weight, config.rms_norm_eps),
+                fused(mlp, ("gate_proj", "up_proj"), dtype, own),
+                GatedUnit(),
+                fused(mlp, ("down_proj",), dtype, own),
+            )
+        )
+    return Decoder(
+        blocks,
+        lambda ids, start: body.embed_tokens(ids),
+        RmsNorm(body.norm.weight, config.rms_norm_eps),
+        fused(model, ("lm_head",), dtype, own),
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        width,
+        width**-0.5,
+        Rotary(body.rotary_emb, dtype),
+        dtype,
+    )
+
+
+def _gpt2(model: Any, own: bool) -> Decoder | None:
+    config, body = model.config, model.transformer
+    plain = config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
+    if config.activation_function not in GELU or not plain or config.add_cross_attention:
+        return None
+    width, dtype = config.n_embd // config.n_head, body.ln_f.weight.dtype
+    approximate = GELU[config.activation_function]
+    blocks = [
+        Block(
+            block.ln_1,
+            fused(block.attn, ("c_attn",), dtype, own),
+            fused(block.attn, ("c_proj",), dtype, own),
+            block.ln_2,
+            fused(block.mlp, ("c_fc",), dtype, own),
+            lambda x: F.gelu(x, approximate=approximate),
+            fused(block.mlp, ("c_proj",), dtype, own),
+        )
+        for block in body.h
+    ]
+
+    def embed(ids: Tensor, start: int) -> Tensor:
+        return body.wte(ids) + body.wpe.weight[start : start + ids.shape[1]]
+
+    head = fused(model, ("lm_head",), dtype, own)
+    heads = config.n_head
+    return Decoder(blocks, embed, body.ln_f, head, heads, heads, width, width**-0.5, None, dtype)

@@ -1,0 +1,65 @@
+"""The order in which torch's int4 kernel for CPUs wants its codes, and the way back.
+
+Rows come in blocks of 64 (32 without AVX-512). A byte of a block belongs to one input: its low half
+is a row of the block's first half, its high half the same row of the second. So the packed tensor
+is (blocks, in, BLOCK / 2) bytes, and rows that fill no block come in pairs of neighbours.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+BLOCK = 64 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 32
+
+
+def pack(codes: Tensor) -> Tensor:
+    """(rows, in) uint8 codes below 16 -> (rows, in / 2) uint8 in the kernel's order."""
+    return torch._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
+
+
+@cache
+def is_known() -> bool:
+    """Whether this build of torch packs in the order said above."""
+    codes = torch.arange((2 * BLOCK + 16) * 32, dtype=torch.uint8).view(-1, 32) % 13
+    try:
+        return torch.equal(unpack(pack(codes), 0, len(codes)), codes.T)
+    except (RuntimeError, AttributeError):  # a torch without the kernel
+        return False
+
+
+def unpack(packed: Tensor, start: int, stop: int) -> Tensor:
+    """Rows start to stop of packed codes, transposed: (in, stop - start) uint8.
+
+    start: a multiple of BLOCK. stop: another, or the number of rows.
+    """
+    rows, columns = packed.shape[0], packed.shape[1] * 2
+    count = (stop - start) // BLOCK
+    whole = packed.view(-1)[start * columns // 2 :][: count * BLOCK * columns // 2]
+    blocks = whole.view(count, columns, BLOCK // 2).transpose(0, 1)
+    codes = torch.empty(columns, stop - start, dtype=torch.uint8)
+    filled = codes[:, : count * BLOCK].unflatten(1, (count, 2, BLOCK // 2)) if count else None
+    if filled is not None:
+        torch.bitwise_and(blocks, 15, out=filled[:, :, 0])
+        torch.bitwise_right_shift(blocks, 4, out=filled[:, :, 1])
+    left = stop - start - count * BLOCK
+    if left:
+        assert stop == rows
+        pairs = packed.view(-1)[-left * columns // 2 :].view(columns, left // 2)
+        codes[:, -left::2] = pairs & 15
+        codes[:, -left + 1 :: 2] = pairs >> 4
+    return codes
+
+
+def rows(packed: Tensor, numbers: Tensor) -> Tensor:
+    """Some rows of packed codes, (n, in) uint8 for numbers (n,) int64."""
+    count, columns = len(packed) // BLOCK, packed.shape[1] * 2
+    blocks = packed.view(-1)[: count * BLOCK * columns // 2].view(count, columns, BLOCK // 2)
+    inside = numbers % BLOCK
+    found = torch.empty(len(numbers), columns, dtype=torch.uint8)
+    whole = numbers < count * BLOCK
+    bytes_ = blocks[numbers[whole] // BLOCK, :, inside[whole] % (BLOCK // 2)]
+    found[whole] = (bytes_ >> (inside[whole] // (BLOCK // 2) * 4).to(torch.uint8)[:, None]) & 15
+    if not whole.all():
+        found[~whole] = unpack(packed, count * BLOCK, len(packed)).T[inside[~whole]]
+    return found

@@ -1,0 +1,155 @@
+"""Which kernel a layer uses: measured once for each shape, remembered for this machine.
+
+The choice is for a few rows of input (decoding) and for many (prefill, evaluation). It is kept in
+kernels.json in the cache, under the processor, its threads and torch's version, so that a second
+run, and every method with the same shapes, computes the same way. Deleting the file costs a second
+or two. What the file says is never trusted further than to name one of the kernels that fit.
+"""
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from compress.kernels import Kernel
+
+FEW_ROWS = 16  # fewer rows than this count as few
+MEASURED_ROWS = {"few": 1, "many": 128}
+REPEATS = {"few": 21, "many": 3}
+HOPELESS = 3  # times the best so far: not measured any further
+
+
+def cache_dir() -> Path:
+    """$SLIMBENCH_CACHE, or ~/.cache/slimbench; absolute, not necessarily there yet."""
+    chosen = os.environ.get("SLIMBENCH_CACHE") or "~/.cache/slimbench"
+    # os.path.expanduser leaves an unknown ~name alone where Path.expanduser raises.
+    return Path(os.path.expanduser(chosen)).resolve()
+
+
+def choose(
+    layer: Any, dtype: torch.dtype, candidates: "Sequence[Kernel]"
+) -> "tuple[Kernel, Kernel]":
+    """The kernels for few and for many rows of type `dtype`; prepares `layer` for both.
+
+    The one for few rows is chosen first: it may want the codes in an order of its own, and the
+    other is measured on what it then finds.
+    """
+    chosen = []
+    for rows in MEASURED_ROWS:
+        fitting = [each for each in candidates if rows == "few" or not each.few]
+        fitting = [each for each in fitting if each.fits(layer, dtype)]
+        if len(fitting) > 1:
+            fitting = [_remembered(layer, dtype, rows, fitting)]
+        fitting[0].prepare(layer)
+        chosen.append(fitting[0])
+    return chosen[0], chosen[1]
+
+
+def _remembered(layer: Any, dtype: torch.dtype, rows: str, fitting: "list[Kernel]") -> "Kernel":
+    """The best of `fitting`, from the table or measured and entered there."""
+    names = [kernel.name for kernel in fitting]
+    key = " ".join([rows, str(dtype).removeprefix("torch."), shape_of(layer), *names])
+    table = _table(str(cache_dir()))
+    known = table.get(key)
+    if not isinstance(known, dict) or sorted(known) != sorted(names):
+        known = table[key] = measured(layer, dtype, rows, fitting)
+        _write(table)
+    return min(fitting, key=lambda kernel: known[kernel.name])
+
+
+def shape_of(layer: Any) -> str:
+    """What decides how fast a layer is, as text."""
+    grid = "offset" if layer.offset is not None else "symmetric" if layer.zero is None else "zeros"
+    held = "int4pack" if layer.int4 is not None else "file"
+    return (
+        f"{layer.in_features}->{layer.out_features} {layer.kind} {layer.bits} bits "
+        f"groups {layer.group_size} {grid} {held}{' order' if layer.order is not None else ''}"
+    )
+
+
+def measured(
+    layer: Any, dtype: torch.dtype, rows: str, fitting: "Sequence[Kernel]"
+) -> dict[str, float]:
+    """Microseconds that each kernel takes for `layer`, by name; a median, or one where hopeless."""
+    x = torch.ones(MEASURED_ROWS[rows], layer.in_features, dtype=dtype, device=layer.codes.device)
+    found: dict[str, float] = {}
+    for kernel in fitting:
+        twin = layer.twin() if kernel.few else layer  # preparing changes what a layer holds
+        kernel.prepare(twin)
+        samples: list[float] = []
+        for _ in range(1 + REPEATS[rows]):
+            start = time.perf_counter()
+            kernel.multiply(twin, x)
+            samples.append((time.perf_counter() - start) * 1e6)
+            if found and samples[-1] > HOPELESS * min(found.values()):
+                break
+        found[kernel.name] = round(statistics.median(samples[1:] or samples), 1)  # one to warm up
+    return found
+
+
+def report() -> list[str]:
+    """The lines of this machine's table, for people: shape, then kernels, the fastest first."""
+    lines = []
+    for key, known in sorted(_table(str(cache_dir())).items()):
+        ranked = sorted(known.items(), key=lambda pair: pair[1])
+        shape = key
+        for name in sorted(known, key=len, reverse=True):
+            shape = shape.replace(f" {name}", "", 1) if shape.endswith(name) else shape
+        lines.append(f"{shape}: " + ", ".join(f"{name} {us:.0f} us" for name, us in ranked))
+    return lines
+
+
+@cache
+def machine() -> str:
+    """The processor, the instructions that torch uses of it, its version."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        info = ""
+    wanted = ("vendor_id", "cpu family", "model", "model name", "stepping")
+    lines = (line.partition(":") for line in info.partition("\n\n")[0].splitlines())
+    found = {name.strip(): value.strip() for name, _, value in lines}
+    parts = [found[name] for name in wanted if name in found] or [platform.processor()]
+    parts += [torch.backends.cpu.get_cpu_capability(), torch.__version__]
+    return " ".join(parts)
+
+
+@cache
+def _tables(folder: str) -> dict[str, Any]:
+    """Every machine's table in the cache; empty if there is none that can be read."""
+    try:
+        value = json.loads((Path(folder) / "kernels.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _table(folder: str) -> dict[str, dict[str, float]]:
+    """This machine's table for the threads in use: key -> kernel -> microseconds."""
+    tables = _tables(folder)
+    name = f"{machine()}, {torch.get_num_threads()} threads"
+    if not isinstance(tables.get(name), dict):
+        tables[name] = {}
+    table: dict[str, dict[str, float]] = tables[name]
+    return table
+
+
+def _write(table: dict[str, dict[str, float]]) -> None:
+    """Keep the tables; without a cache that can be written they live as long as the process."""
+    folder = cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+            json.dump(_tables(str(folder)), file, indent=1, sort_keys=True)
+        os.replace(file.name, folder / "kernels.json")
+    except OSError:
+        pass

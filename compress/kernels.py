@@ -1,0 +1,248 @@
+"""Ways to multiply by a quantized weight, every one over the same codes and for the same weights.
+
+`FOR_WEIGHTS` holds those for layers that quantize weights only, `FOR_INTEGERS` those that multiply
+integers by integers. Each says which layers it takes: torch's kernels check little, and a wrong
+group or an unaligned pointer is a crash there, so what does not fit goes to `rebuild`, which takes
+every layer. Which one is used is measured once a shape and machine (kernel_choice.py).
+
+Not here: oneDNN's float8, 2-bit and sparse kernels; `_weight_int4pack_mm` and `_weight_int8pack_mm`
+for CUDA, where layers go through `rebuild`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compress import int4_layout
+
+INT4_GROUPS = (256, 128, 64, 32)  # what _weight_int4pack_mm_for_cpu takes; it does not check
+ALIGNMENT = 64  # bytes; what torch's allocator gives, and a memory-mapped file does not
+PIECE = 2**20  # weights rebuilt at a time: what a shared cache holds, and the only scratch
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to multiply.
+
+    fits: (layer, type of the input) -> whether it takes them. prepare: changes how the layer holds
+    its codes, if the kernel wants them otherwise. multiply: (layer, input (rows, in)) -> (rows,
+    out) in the input's type, without bias. few: meant for a few rows of input only.
+    """
+
+    name: str
+    fits: Callable[[Any, torch.dtype], bool]
+    multiply: Callable[[Any, Tensor], Tensor]
+    prepare: Callable[[Any], None] = lambda layer: None
+    few: bool = False
+
+
+def rebuild(layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rebuild some rows of the weight in `dtype`, multiply, go on with the next ones."""
+    if layer.order is not None:
+        x = x[:, layer.order]
+    wide = x.to(dtype)
+    y = x.new_empty(len(x), layer.out_features)
+    step = max(int4_layout.BLOCK, PIECE // layer.in_features // 64 * 64)
+    for start in range(0, layer.out_features, step):
+        stop = min(start + step, layer.out_features)
+        y[:, start:stop] = layer.multiply_rows(wide, start, stop)
+    return y
+
+
+def fits_rebuild(layer: Any, dtype: torch.dtype) -> bool:
+    """In the input's own type; float16 sums would overflow where scales come last."""
+    return dtype == torch.bfloat16 or (dtype == torch.float16 and layer.scale.shape[1] > 1)
+
+
+def fits_all(layer: Any, dtype: torch.dtype) -> bool:
+    """Every layer."""
+    return True
+
+
+def int4_group(layer: Any) -> int | None:
+    """The group size that the int4 kernel can be told for `layer`; None if there is none.
+
+    A group that the kernel does not know is cut into equal ones that it does.
+    """
+    shared = gcd(layer.group_size, layer.in_features)
+    return next((size for size in INT4_GROUPS if shared % size == 0), None)
+
+
+def fits_int4pack(layer: Any, dtype: torch.dtype) -> bool:
+    """Up to 4 bits, bfloat16 (float32 is ten times slower there), scales that bfloat16 holds."""
+    return (
+        layer.bits <= 4
+        and dtype == torch.bfloat16
+        and layer.scale.dtype == torch.bfloat16
+        and layer.codes.device.type == "cpu"
+        and layer.order is None
+        and layer.offset is None
+        and layer.out_features % 16 == 0
+        and int4_layout.is_known()
+        and int4_group(layer) is not None
+    )
+
+
+def prepare_int4pack(layer: Any) -> None:
+    """Hold the codes as the kernel wants them, in place of those of the file."""
+    if layer.int4 is not None:
+        return
+    size = int4_group(layer)
+    assert size is not None
+    zero = layer.codes_and_zero()[1]
+    layer.hold_int4()
+    owner = torch.arange(0, layer.in_features, size) // layer.group_size
+    scale = layer.scale[:, owner].expand(layer.out_features, -1)
+    both = torch.stack([scale, torch.zeros_like(scale)], dim=-1)  # (out, groups, 2)
+    shift, middle = None, 2 ** (layer.bits - 1)
+    if not (zero == middle).all():
+        away = (middle - zero[:, owner].float()) * scale.float()
+        shift = away.T.contiguous()
+    layer.int4 = size, both.transpose(0, 1).contiguous(), shift
+
+
+def int4pack(layer: Any, x: Tensor) -> Tensor:
+    """torch's kernel computes (code - middle) * scale + offset; our zero is added apart.
+
+    The kernel's own offset is rounded to bfloat16 and would shift the weights, so it stays 0 and
+    the exact term, the sum over a group of x times scale * (middle - zero), is added in float32.
+    """
+    size, scale_and_offset, shift = layer.int4
+    x = x.contiguous()
+    if not scale_and_offset.is_contiguous():  # rows of a joined layer
+        scale_and_offset = scale_and_offset.contiguous()
+    y = torch._weight_int4pack_mm_for_cpu(x, layer.codes, size, scale_and_offset)
+    if shift is not None:
+        y += x.view(len(x), -1, size).sum(-1, dtype=torch.float32) @ shift
+    return y
+
+
+def fits_int8pack(layer: Any, dtype: torch.dtype) -> bool:
+    """8 bits with one scale a row, bfloat16.
+
+    Unchecked by the kernel: it reads 16 codes at a time, with aligned loads.
+    """
+    return (
+        layer.bits == 8
+        and dtype == torch.bfloat16
+        and layer.scale.dtype == torch.bfloat16
+        and layer.codes.device.type == "cpu"
+        and layer.order is None
+        and layer.offset is None
+        and layer.scale.shape[1] == 1
+        and layer.in_features % 16 == 0
+        and layer.codes.data_ptr() % ALIGNMENT == 0
+    )
+
+
+def prepare_int8pack(layer: Any) -> None:
+    """One scale a row, and what the zeros add, for `int8pack`."""
+    if layer.int8 is None:
+        scale = layer.scale[:, 0].expand(layer.out_features).contiguous()
+        shift = None
+        if layer.zero is not None:
+            zero = layer.codes_and_zero()[1][:, 0]
+            shift = (128 - zero.float()).mul(layer.scale[:, 0].float()).expand(len(scale))
+        layer.int8 = scale, shift
+
+
+def int8pack(layer: Any, x: Tensor) -> Tensor:
+    """torch's kernel computes (code - 128) * scale; our zero is added apart, in float32."""
+    scale, shift = layer.int8
+    y = torch._weight_int8pack_mm(x.contiguous(), layer.codes, scale)
+    if shift is not None:
+        y += x.sum(-1, keepdim=True, dtype=torch.float32) * shift
+    return y
+
+
+FOR_WEIGHTS = (
+    Kernel("int4pack", fits_int4pack, int4pack, prepare_int4pack, few=True),
+    Kernel("int8pack", fits_int8pack, int8pack, prepare_int8pack, few=True),
+    Kernel("rebuild", fits_rebuild, lambda layer, x: rebuild(layer, x, x.dtype)),
+    Kernel("rebuild float32", fits_all, lambda layer, x: rebuild(layer, x, torch.float32)),
+)
+
+
+FOR_FLOATS = (  # layers of plain weights
+    Kernel(
+        "float32 pieces",
+        lambda layer, dtype: dtype != torch.float32,
+        lambda layer, x: rebuild(layer, x, torch.float32),
+    ),
+    Kernel("linear", fits_all, lambda layer, x: F.linear(x, layer.codes)),
+)
+
+
+# Integers by integers. x: what the input's codes mean in units of its scale, code - zero, between
+# -255 and 255, as floats of any type: whole numbers up to 256 are exact in bfloat16 too.
+
+
+def integers_float(layer: Any, x: Tensor) -> Tensor:
+    """Whole numbers in float32: exact while sums stay below 2**24, and rounded once beyond."""
+    return rebuild(layer, x.float(), torch.float32)
+
+
+def fits_int_mm(layer: Any, dtype: torch.dtype) -> bool:
+    """torch's int8 product takes any shape on a CPU."""
+    return layer.codes.device.type == "cpu"
+
+
+def int_mm(layer: Any, x: Tensor) -> Tensor:
+    """x = 2 h + l with h, l in int8 would cost two products; the zero is taken out instead."""
+    zero = torch.floor(x.amax(1, keepdim=True)).sub_(127)  # so that x - zero ends at 127
+    codes = (x - zero).to(torch.int8)
+    product = torch._int_mm(codes, layer.codes.T)  # (rows, out) int32
+    product += zero.int() * layer.row_sums()
+    return product.float() * layer.scale[:, 0].float()
+
+
+def onednn(layer: Any, x: Tensor) -> Tensor:
+    """oneDNN's int8 product; the weight is laid out anew each time, which many rows pay for."""
+    low = x.amin(1, keepdim=True)
+    codes = (x - low).to(torch.uint8)
+    scale = layer.scale[:, 0].float()
+    packed = torch.ops.onednn.qlinear_prepack(layer.codes, list(x.shape))
+    none = torch.zeros(layer.out_features, dtype=torch.int32)
+    y = torch.ops.onednn.qlinear_pointwise(
+        *(codes, 1.0, 0, packed, scale, none, None, 1.0, 0, torch.float32, "none", [], "")
+    )
+    return y.add_(low.float() * (layer.row_sums().float() * scale))
+
+
+@cache
+def onednn_is_exact() -> bool:
+    """Whether oneDNN's int8 product is right for the largest codes on this machine.
+
+    Without VNNI it adds pairs of products in 16 bits, where 2 * 255 * 127 does not fit: it
+    saturates, and says nothing.
+    """
+    try:
+        x = torch.full((64, 64), 255, dtype=torch.uint8)
+        weight = torch.full((64, 64), 127, dtype=torch.int8)
+        packed = torch.ops.onednn.qlinear_prepack(weight, [64, 64])
+        one, none = torch.ones(64), torch.zeros(64, dtype=torch.int32)
+        y = torch.ops.onednn.qlinear_pointwise(
+            *(x, 1.0, 0, packed, one, none, None, 1.0, 0, torch.float32, "none", [], "")
+        )
+    except (RuntimeError, AttributeError):  # a torch built without it
+        return False
+    return bool((y == 255 * 127 * 64).all())
+
+
+def fits_onednn(layer: Any, dtype: torch.dtype) -> bool:
+    """Where it computes what it should."""
+    return layer.codes.device.type == "cpu" and onednn_is_exact()
+
+
+FOR_INTEGERS = (
+    Kernel("int8pack", fits_int8pack, int8pack, prepare_int8pack, few=True),
+    Kernel("onednn int8", fits_onednn, onednn),
+    Kernel("int_mm", fits_int_mm, int_mm),
+    Kernel("float32 integers", fits_all, integers_float),
+)
