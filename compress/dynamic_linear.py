@@ -38,14 +38,9 @@ class Int8DynamicLinear(QuantLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the type of x."""
         flat = x.reshape(-1, self.in_features)
-        kernel = self.kernel_for(len(flat), x.dtype)
-        low, high = torch.aminmax(flat, dim=1, keepdim=True)
-        low, high = low.clamp_(max=0).float(), high.clamp_(min=0).float()
-        scale = ((high - low) / 255).clamp_(min=torch.finfo(torch.float32).tiny)
-        zero = torch.round(-128 - low / scale)
-        codes = torch.round(flat / scale).clamp_(-128 - zero, 127 - zero)
-        y = kernel.multiply(self, codes.to(x.dtype)) * scale
-        y = y.to(x.dtype)
+        steps, scale = quantized_token(flat) if len(flat) == 1 else quantized_tokens(flat)
+        y = self.kernel_for(len(flat), x.dtype).multiply(self, steps.to(x.dtype))
+        y = (y * scale).to(x.dtype)
         if self.bias is not None:
             y += self.bias.to(x.dtype)
         return y.view(*x.shape[:-1], -1)
@@ -55,6 +50,27 @@ class Int8DynamicLinear(QuantLinear):
         if self._sums is None:
             self._sums = self.codes.sum(1, dtype=torch.int32)
         return self._sums
+
+
+def quantized_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (tokens, in) as whole numbers code - zero and one scale a token, (tokens, 1), float32.
+
+    The range of a token is widened to contain 0; the code, between -128 and 127, is not stored.
+    """
+    low, high = torch.aminmax(x, dim=1, keepdim=True)
+    low, high = low.float().clamp_(max=0), high.float().clamp_(min=0)
+    scale = ((high - low) / 255).clamp_(min=torch.finfo(torch.float32).tiny)
+    zero = torch.round(-128 - low / scale)
+    return torch.round(x.float() / scale).clamp_(-128 - zero, 127 - zero), scale
+
+
+def quantized_token(x: Tensor) -> tuple[Tensor, float]:
+    """`quantized_tokens` for a single one, its scale a Python number: half as many operations."""
+    low, high = (float(end) for end in torch.aminmax(x))
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max((high - low) / 255, torch.finfo(torch.float32).tiny)
+    zero = round(-128 - low / scale)
+    return x.float().div_(scale).round_().clamp_(-128 - zero, 127 - zero), scale
 
 
 class Float16Linear(nn.Module):

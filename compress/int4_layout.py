@@ -9,12 +9,17 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 BLOCK = 64 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 32
 
 
 def pack(codes: Tensor) -> Tensor:
-    """(rows, in) uint8 codes below 16 -> (rows, in / 2) uint8 in the kernel's order."""
+    """(rows, in) uint8 codes below 16 -> (rows or a few more, in / 2) in the kernel's order.
+
+    The kernel wants rows in sixteens: those that are missing are zeros.
+    """
+    codes = F.pad(codes, (0, 0, 0, -len(codes) % 16))
     return torch._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
 
 
@@ -31,24 +36,22 @@ def is_known() -> bool:
 def unpack(packed: Tensor, start: int, stop: int) -> Tensor:
     """Rows start to stop of packed codes, transposed: (in, stop - start) uint8.
 
-    start: a multiple of BLOCK. stop: another, or the number of rows.
+    start: a multiple of BLOCK.
     """
-    rows, columns = packed.shape[0], packed.shape[1] * 2
-    count = (stop - start) // BLOCK
+    columns = packed.shape[1] * 2
+    count = min(-(-stop // BLOCK), len(packed) // BLOCK) - start // BLOCK
     whole = packed.view(-1)[start * columns // 2 :][: count * BLOCK * columns // 2]
     blocks = whole.view(count, columns, BLOCK // 2).transpose(0, 1)
-    codes = torch.empty(columns, stop - start, dtype=torch.uint8)
-    filled = codes[:, : count * BLOCK].unflatten(1, (count, 2, BLOCK // 2)) if count else None
-    if filled is not None:
-        torch.bitwise_and(blocks, 15, out=filled[:, :, 0])
-        torch.bitwise_right_shift(blocks, 4, out=filled[:, :, 1])
-    left = stop - start - count * BLOCK
-    if left:
-        assert stop == rows
+    codes = torch.empty(columns, count, 2, BLOCK // 2, dtype=torch.uint8)
+    torch.bitwise_and(blocks, 15, out=codes[:, :, 0])
+    torch.bitwise_right_shift(blocks, 4, out=codes[:, :, 1])
+    found = codes.view(columns, -1)[:, : stop - start]
+    if stop - start > count * BLOCK:
+        left = len(packed) % BLOCK
         pairs = packed.view(-1)[-left * columns // 2 :].view(columns, left // 2)
-        codes[:, -left::2] = pairs & 15
-        codes[:, -left + 1 :: 2] = pairs >> 4
-    return codes
+        rest = torch.stack((pairs & 15, pairs >> 4), -1).view(columns, left)
+        found = torch.cat((found, rest[:, : stop - start - count * BLOCK]), 1)
+    return found
 
 
 def rows(packed: Tensor, numbers: Tensor) -> Tensor:

@@ -83,7 +83,6 @@ def fits_int4pack(layer: Any, dtype: torch.dtype) -> bool:
         and layer.codes.device.type == "cpu"
         and layer.order is None
         and layer.offset is None
-        and layer.out_features % 16 == 0
         and int4_layout.is_known()
         and int4_group(layer) is not None
     )
@@ -104,7 +103,8 @@ def prepare_int4pack(layer: Any) -> None:
     if not (zero == middle).all():
         away = (middle - zero[:, owner].float()) * scale.float()
         shift = away.T.contiguous()
-    layer.int4 = size, both.transpose(0, 1).contiguous(), shift
+    both = F.pad(both.transpose(0, 1), (0, 0, 0, -layer.out_features % 16)).contiguous()
+    layer.int4 = size, both, shift
 
 
 def int4pack(layer: Any, x: Tensor) -> Tensor:
@@ -118,6 +118,7 @@ def int4pack(layer: Any, x: Tensor) -> Tensor:
     if not scale_and_offset.is_contiguous():  # rows of a joined layer
         scale_and_offset = scale_and_offset.contiguous()
     y = torch._weight_int4pack_mm_for_cpu(x, layer.codes, size, scale_and_offset)
+    y = y if y.shape[1] == layer.out_features else y[:, : layer.out_features]
     if shift is not None:
         y += x.view(len(x), -1, size).sum(-1, dtype=torch.float32) @ shift
     return y

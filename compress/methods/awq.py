@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from compress import calibrate
 from compress.base import Compressor, Progress, silent
 from compress.layer_inputs import Group
-from compress.layers import SKIP, cast_parameters, named_finite, refuse_no_effect
+from compress.layers import SKIP, named_finite, refuse_no_effect
 from compress.output_error import fit_codes, output_error
 from compress.quant_linear import DTYPES, QuantLinear, check_dtype
 from compress.quant_math import check_grid, fit_range, grouped, rounded
 from compress.registry import register
+from compress.vocabulary import check_head_bits, finish
 
 ROWS = 192  # of a weight, worked on at a time in the search: what fits in the processor's cache
 
@@ -45,6 +46,7 @@ class Awq(Compressor):
     no scaling. sweeps: how often each group's range is shrunk anew to the least output error, the
     other groups' errors in view, before scales are fitted to the codes; 0 does neither.
     skip: layers whose dotted name in the block ends in one of these stay in floating point.
+    head_bits: of embedding and head, see vocabulary.py; none leaves them in floating point.
     dtype: type of scales, of everything left alone, and of the arithmetic.
     """
 
@@ -56,12 +58,14 @@ class Awq(Compressor):
     grid: int = 20
     sweeps: int = 3
     skip: tuple[str, ...] = SKIP
+    head_bits: int | None = None
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
         """Raises ValueError on a setting that makes no sense."""
         check_grid(self.bits, self.group_size)
         check_dtype(self.dtype)
+        check_head_bits(self.head_bits)
         if not 0 <= self.grid <= 1000:
             raise ValueError(f"grid must be between 0 and 1000, not {self.grid}")
         if not 0 <= self.sweeps <= 100:
@@ -79,7 +83,7 @@ class Awq(Compressor):
             raise ValueError("this method needs calibration: (samples, tokens) int64 token ids")
         refuse_no_effect(model, self.skip)
         calibrate.run(model, calibration, self.solve_groups, "block", progress)
-        return cast_parameters(model, DTYPES[self.dtype])
+        return finish(model, DTYPES[self.dtype], self.head_bits, self.group_size)
 
     def solve_groups(self, groups: list[Group]) -> dict[str, nn.Module]:
         """Scale the block of `groups` in place, then give the quantized layers."""

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from compress.base import Compressor, Progress, silent
 from compress.dynamic_linear import Float16Linear, Int8DynamicLinear
-from compress.layers import SKIP, cast_parameters, replace_linears
+from compress.layers import SKIP, replace_linears
 from compress.methods.int8_weight import int8_codes, int8_scale
 from compress.quant_linear import DTYPES, check_dtype
 from compress.registry import register
+from compress.vocabulary import check_head_bits, finish
 
 WEIGHTS = ("int8", "float16")
 
@@ -31,11 +32,13 @@ class Dynamic(Compressor):
     """weights: int8 (with int8 activations) or float16 (activations stay as they are).
 
     skip: layers whose dotted name ends in one of these stay in floating point.
+    head_bits: of embedding and head, see vocabulary.py; none leaves them in floating point.
     dtype: type of scales, of everything left alone, and of the arithmetic outside the products.
     """
 
     weights: str = "int8"
     skip: tuple[str, ...] = SKIP
+    head_bits: int | None = None
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -43,6 +46,7 @@ class Dynamic(Compressor):
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, not {self.weights!r}")
         check_dtype(self.dtype)
+        check_head_bits(self.head_bits)
 
     def compress(
         self, model: nn.Module, calibration: Tensor | None = None, progress: Progress = silent
@@ -53,7 +57,7 @@ class Dynamic(Compressor):
         left as they are would be the well-known way to change nothing).
         """
         replace_linears(model, self.skip, self.quantize, progress)
-        return cast_parameters(model, DTYPES[self.dtype])
+        return finish(model, DTYPES[self.dtype], self.head_bits)
 
     def quantize(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
         """(out, in) float32 -> the layer that takes its place."""

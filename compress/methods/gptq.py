@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from compress import calibrate
 from compress.base import Compressor, Progress, silent
 from compress.layer_inputs import Group
-from compress.layers import SKIP, cast_parameters, named_finite, refuse_no_effect
+from compress.layers import SKIP, named_finite, refuse_no_effect
 from compress.output_error import refit_scales, upper_factor
 from compress.quant_linear import DTYPES, QuantLinear, check_dtype
 from compress.quant_math import check_grid, fit_range, grouped
 from compress.registry import register
+from compress.vocabulary import check_head_bits, finish
 
 BLOCK = 128  # columns solved before the rest of the matrix is updated in one product
 
@@ -46,6 +47,7 @@ class Gptq(Compressor):
     factorization needs. true_sequential: each group of layers sees inputs computed by the layers
     already quantized, also within a block. skip: layers whose dotted name in the block ends in
     one of these stay in floating point.
+    head_bits: of embedding and head, see vocabulary.py; none leaves them in floating point.
     dtype: type of scales, of everything left alone, and of the arithmetic.
     """
 
@@ -61,12 +63,14 @@ class Gptq(Compressor):
     damping: float = 0.01
     true_sequential: bool = True
     skip: tuple[str, ...] = SKIP
+    head_bits: int | None = None
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
         """Raises ValueError on a setting that makes no sense."""
         check_grid(self.bits, self.group_size)
         check_dtype(self.dtype)
+        check_head_bits(self.head_bits)
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must be above 0 and at most 1, not {self.damping}")
 
@@ -82,7 +86,7 @@ class Gptq(Compressor):
             raise ValueError("this method needs calibration: (samples, tokens) int64 token ids")
         refuse_no_effect(model, self.skip)
         calibrate.run(model, calibration, self.solve_groups, self.mode(), progress)
-        return cast_parameters(model, DTYPES[self.dtype])
+        return finish(model, DTYPES[self.dtype], self.head_bits, self.group_size)
 
     def solve_groups(self, groups: list[Group]) -> dict[str, nn.Module]:
         """The quantized layers that replace those of `groups`."""

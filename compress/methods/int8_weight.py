@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from compress.base import Compressor, Progress, silent
-from compress.layers import SKIP, cast_parameters, replace_linears
+from compress.layers import SKIP, replace_linears
 from compress.quant_linear import DTYPES, QuantLinear, check_dtype
 from compress.quant_math import check_grid, grouped, stored_scale
 from compress.registry import register
+from compress.vocabulary import check_head_bits, finish
 
 GRANULARITIES = ("tensor", "row", "group")
 
@@ -31,6 +32,7 @@ class Int8Weight(Compressor):
     symmetric: codes in [-127, 127] and zero = 0; otherwise codes in [-128, 127].
     granularity: what shares one scale: tensor, row, or group (of group_size inputs).
     skip: layers whose dotted name ends in one of these stay in floating point.
+    head_bits: of embedding and head, see vocabulary.py; none leaves them in floating point.
     dtype: type of scales, of everything left alone, and of the arithmetic.
     """
 
@@ -38,6 +40,7 @@ class Int8Weight(Compressor):
     granularity: str = "row"
     group_size: int = 64
     skip: tuple[str, ...] = SKIP
+    head_bits: int | None = None
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
@@ -47,6 +50,7 @@ class Int8Weight(Compressor):
             raise ValueError(f"granularity must be one of {known}, not {self.granularity!r}")
         check_grid(8, self.group_size)
         check_dtype(self.dtype)
+        check_head_bits(self.head_bits)
 
     def compress(
         self, model: nn.Module, calibration: Tensor | None = None, progress: Progress = silent
@@ -56,7 +60,7 @@ class Int8Weight(Compressor):
         Raises ValueError if a weight is not finite, or if no layer was replaced.
         """
         replace_linears(model, self.skip, self.quantize, progress)
-        return cast_parameters(model, DTYPES[self.dtype])
+        return finish(model, DTYPES[self.dtype], self.head_bits, self.group_size)
 
     def quantize(self, weight: Tensor, bias: Tensor | None) -> QuantLinear:
         """(out, in) float32 -> the quantized layer."""

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from compress.base import Compressor, Progress, silent
-from compress.layers import SKIP, cast_parameters, replace_linears
+from compress.layers import SKIP, replace_linears
 from compress.quant_linear import DTYPES, QuantLinear, check_dtype
 from compress.quant_math import check_grid, fit_range, grouped, to_codes
 from compress.registry import register
+from compress.vocabulary import check_head_bits, finish
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Rtn(Compressor):
     bits: 2, 3, 4 or 8. group_size: inputs of a row that share a scale; -1 for the whole row.
     symmetric: no zero is stored. clip: shrink each range to the least squared error.
     skip: layers whose dotted name ends in one of these stay in floating point.
+    head_bits: of embedding and head, see vocabulary.py; none leaves them in floating point.
     dtype: type of scales, of everything left alone, and of the arithmetic.
     """
 
@@ -35,12 +37,14 @@ class Rtn(Compressor):
     symmetric: bool = False
     clip: bool = False
     skip: tuple[str, ...] = SKIP
+    head_bits: int | None = None
     dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
         """Raises ValueError on a setting that makes no sense."""
         check_grid(self.bits, self.group_size)
         check_dtype(self.dtype)
+        check_head_bits(self.head_bits)
 
     def compress(
         self, model: nn.Module, calibration: Tensor | None = None, progress: Progress = silent
@@ -50,7 +54,7 @@ class Rtn(Compressor):
         Raises ValueError if a weight is not finite, or if no layer was replaced.
         """
         replace_linears(model, self.skip, self.quantize, progress)
-        return cast_parameters(model, DTYPES[self.dtype])
+        return finish(model, DTYPES[self.dtype], self.head_bits, self.group_size)
 
     def quantize(self, weight: Tensor, bias: Tensor | None) -> QuantLinear:
         """(out, in) float32 -> the quantized layer."""
