@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.kernel_choice import FEW_ROWS, choose
-from compress.kernels import FOR_FLOATS, Kernel
+from compress.kernels import FOR_FLOATS, Kernel, matmul_nt
 
 
 class DenseLinear:
@@ -26,7 +26,7 @@ class DenseLinear:
 
     def multiply_rows(self, x: Tensor, start: int, stop: int) -> Tensor:
         """See QuantLinear."""
-        return x @ self.codes[start:stop].to(x.dtype).T
+        return matmul_nt(x, self.codes[start:stop].to(x.dtype))
 
     def kernel_for(self, rows: int, dtype: torch.dtype) -> Kernel:
         """See QuantLinear."""

@@ -42,6 +42,18 @@ class Kernel:
     few: bool = False
 
 
+def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.T for (m, k) and (n, k) of one type, float32 by oneDNN on CPU.
+
+    torch's default float32 product on CPU is MKL's, which leaves half of AVX-512 unused on
+    processors that are not Intel's: measured 2.2x slower there, and no faster elsewhere.
+    """
+    by_onednn = a.dtype == torch.float32 and a.device.type == "cpu"
+    if by_onednn and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return a @ b.T
+
+
 def rebuild(layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Rebuild some rows of the weight in `dtype`, multiply, go on with the next ones."""
     if layer.order is not None:

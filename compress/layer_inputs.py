@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from compress.kernels import matmul_nt
 from compress.layers import Half
 
 
@@ -14,9 +15,10 @@ class Group:
     """Linear layers of one block that read the same input, and what calibration saw of it.
 
     names: relative to the block. gram: (in, in) float32, mean of x x^T over the tokens.
-    magnitude: (in,) float32, mean of |x|. ahead: float32, mean of d x^T, where d is what the float
-    model is ahead by: of x, (in, in); for the last layer of a half, of its output on x with the
-    half's own input added, as the next half reads it, (out, in). None unless it was asked for.
+    magnitude: (in,) float32, mean of |x|. largest: (in,) float32, maximum of |x|. ahead: float32,
+    mean of d x^T, where d is what the float model is ahead by: of x, (in, in); for the last layer
+    of a half, of its output on x with the half's own input added, as the next half reads it,
+    (out, in). None unless it was asked for.
     """
 
     block: nn.Module
@@ -24,6 +26,7 @@ class Group:
     names: tuple[str, ...]
     gram: Tensor
     magnitude: Tensor
+    largest: Tensor
     ahead: Tensor | None
 
     def drift(self, weight: Tensor) -> Tensor:
@@ -46,6 +49,7 @@ class Statistics:
     def __init__(self) -> None:
         self.gram: Tensor | None = None
         self.magnitude: Tensor | None = None
+        self.largest: Tensor | None = None
         self.ahead: Tensor | None = None
         self.tokens = 0
 
@@ -53,10 +57,12 @@ class Statistics:
         """x: (..., in), any float type. ahead: (..., any), d of the sum of d x^T, if wanted."""
         rows = x.flatten(0, -2)
         columns = rows.T.contiguous().float()  # (in, tokens)
-        if self.gram is None or self.magnitude is None:
+        if self.gram is None or self.magnitude is None or self.largest is None:
             self.gram = columns.new_zeros(len(columns), len(columns))
-            self.magnitude = columns.new_zeros(len(columns))
+            self.magnitude, self.largest = columns.new_zeros(2, len(columns))
         self.magnitude += torch.linalg.vector_norm(columns, ord=1, dim=1)
+        low, high = torch.aminmax(columns, dim=1)
+        self.largest = torch.maximum(self.largest, torch.maximum(-low, high))
         self.tokens += len(rows)
         step = max(128, len(columns) // 4)  # the lower triangle is the upper one, mirrored
         for start in range(0, len(columns), step):
@@ -68,20 +74,9 @@ class Statistics:
 
     def group(self, block: nn.Module, half: Half, names: tuple[str, ...]) -> Group:
         """The finished sums as a Group. Raises ValueError if they are not finite."""
-        assert self.gram is not None and self.magnitude is not None
+        assert self.gram is not None and self.magnitude is not None and self.largest is not None
         gram = (self.gram.triu() + self.gram.triu(1).T) / self.tokens
         ahead = None if self.ahead is None else self.ahead / self.tokens
         if not all(sums is None or sums.isfinite().all() for sums in (gram, ahead)):
             raise ValueError(f"the input of {names[0]} holds NaN or infinity")
-        return Group(block, half, names, gram, self.magnitude / self.tokens, ahead)
-
-
-def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T for float32 (m, k) and (n, k), by oneDNN on CPU.
-
-    torch's default float32 product on CPU is MKL's, which leaves half of AVX-512 unused on
-    processors that are not Intel's: measured 2.2x slower there, and no faster elsewhere.
-    """
-    if a.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return a @ b.T
+        return Group(block, half, names, gram, self.magnitude / self.tokens, self.largest, ahead)

@@ -119,9 +119,8 @@ def plain_tensors(model: Any) -> dict[str, Tensor]:
         if head.weight is not embedding.weight and not torch.equal(head.weight, embedding.weight):
             raise ValueError("head and embedding differ; set config.tie_word_embeddings = False")
     tensors = {}
-    inside = {id(tensor) for layer in our_layers(model).values() for tensor in layer.buffers()}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name == tied or id(tensor) in inside:
+    for name, tensor in model.state_dict().items():
+        if name == tied or _inside(model, name):
             continue
         owner = model.get_submodule(name.rpartition(".")[0])
         turned = isinstance(owner, LinearFromConv1D) and name.endswith(".weight")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.layer_inputs import matmul_nt
+from compress.kernels import matmul_nt
 from compress.quant_math import (
     CACHED_WEIGHTS,
     fit_rows,

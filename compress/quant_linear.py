@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compress import int4_layout
 from compress.kernel_choice import FEW_ROWS, choose
-from compress.kernels import FOR_WEIGHTS, Kernel
+from compress.kernels import FOR_WEIGHTS, Kernel, matmul_nt
 from compress.quant_math import BITS, pack, packed_bytes, unpack
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -229,8 +229,9 @@ class QuantLinear(nn.Module):
         """
         rows = slice(None) if len(self.scale) == 1 else slice(start, stop)
         if self.scale.shape[1] == 1 and self.offset is None and len(x) < self.in_features:
-            return (x @ self._steps(start, stop, x.dtype)).mul_(self.scale[rows, 0].to(x.dtype))
-        return x @ self._rebuilt(start, stop, x.dtype)
+            y = matmul_nt(x, self._steps(start, stop, x.dtype).T)
+            return y.mul_(self.scale[rows, 0].to(x.dtype))
+        return matmul_nt(x, self._rebuilt(start, stop, x.dtype).T)
 
     def _rebuilt(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows of the weight, transposed: (in, stop - start), inputs in the order of the codes."""

@@ -19,15 +19,16 @@ Acceleration", 2023, https://arxiv.org/abs/2306.00978
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from compress import calibrate
 from compress.base import Compressor, Progress, silent
+from compress.folding import Before, own_weights
 from compress.layer_inputs import Group
-from compress.layers import SKIP, named_finite, refuse_no_effect
+from compress.layers import SKIP, refuse_no_effect
 from compress.output_error import fit_codes, output_error
 from compress.quant_linear import DTYPES, QuantLinear, check_dtype
 from compress.quant_math import check_grid, fit_range, grouped, rounded
@@ -96,9 +97,7 @@ class Awq(Compressor):
 
     def scale_groups(self, groups: list[Group]) -> None:
         """Scale the block of `groups` in place; its weights become float32."""
-        for group in groups:
-            for name, layer in group.chosen().items():
-                layer.weight = nn.Parameter(named_finite(name, layer), False)
+        own_weights(groups)
         for group in groups:
             if self.grid:
                 self.scale(group)
@@ -171,56 +170,6 @@ def evenness(weights: list[Tensor]) -> Tensor:
     """
     shares = [w.abs() / w.abs().amax(1, keepdim=True).clamp(min=1e-12) for w in weights]
     return torch.cat(shares).mean(0)
-
-
-@dataclass
-class Before:
-    """The parameters before a group's input, and how their channels meet its input channels.
-
-    Dividing channel c of `parameters` by s[c] divides the group's input channels by `s` of the
-    same index, where the input is `heads` runs of `repeat` copies of `width` channels.
-    """
-
-    parameters: list[Tensor]  # each with the channels along its first axis
-    heads: int
-    repeat: int
-    width: int
-
-    @classmethod
-    def of(cls, group: Group) -> "Before | None":
-        """What is before `group`; None where a non-linearity forbids an exact fold."""
-        channels = len(group.gram)
-        if group.names == group.half.inputs:
-            norm: Any = group.block.get_submodule(group.half.norm)
-            return cls(_owned(norm), 1, 1, channels)
-        if group.half.before_output is None:
-            return None
-        before: Any = group.block.get_submodule(group.half.before_output)
-        parameters = _owned(before)
-        if len(parameters[0]) >= channels:  # the last rows: GPT-2's c_attn holds q, k and v
-            return cls([p[-channels:] for p in parameters], 1, 1, channels)
-        attention: Any = group.block.get_submodule(group.half.module)
-        width = attention.head_dim
-        heads = len(parameters[0]) // width  # key-value heads
-        return cls(parameters, heads, channels // len(parameters[0]), width)
-
-    def shared(self, magnitude: Tensor) -> Tensor:
-        """Mean of `magnitude` over the input channels that one parameter channel feeds."""
-        runs = magnitude.view(self.heads, self.repeat, self.width)
-        return runs.mean(1, keepdim=True).expand_as(runs).reshape(-1)
-
-    def divide(self, s: Tensor) -> None:
-        """Divide by s, (in,), equal over shared channels."""
-        per_channel = s.view(self.heads, self.repeat, self.width)[:, 0].reshape(-1)
-        for parameter in self.parameters:
-            parameter.div_(per_channel if parameter.dim() == 1 else per_channel[:, None])
-
-
-def _owned(module: nn.Module) -> list[Tensor]:
-    """Weight and bias of `module`, made float32 and writable."""
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        setattr(module, name, nn.Parameter(parameter.detach().float().clone(), False))
-    return [parameter.data for parameter in module.parameters(recurse=False)]
 
 
 register("awq", Awq())

@@ -8,8 +8,9 @@ from torch import nn
 
 from compress import calibrate
 from compress.base import TorchRunner, silent
+from compress.folding import Before
 from compress.layers import LinearFromConv1D, decoder_blocks
-from compress.methods.awq import Awq, Before
+from compress.methods.awq import Awq
 from compress.methods.rtn import Rtn
 from compress.output_error import output_error
 from compress.quant_linear import QuantLinear

@@ -25,7 +25,7 @@ def test_the_target_is_least_squares_for_the_float_models_outputs(strength, orde
     weight = torch.randn(7, 20, generator=generator)
     gram, ahead = (x.T @ x / 400).float(), ((f - x).T @ x / 400).float()
     half = FAMILIES["llama"].mlp
-    group = Group(torch.nn.Module(), half, half.inputs, gram, gram[0], ahead)
+    group = Group(torch.nn.Module(), half, half.inputs, gram, gram[0], gram[0], ahead)
     least_squares = torch.linalg.lstsq(x, f @ weight.double().T).solution.T
     target = weight + strength * (least_squares.float() - weight)
     method = Qep(group_size=8, strength=strength, damping=1e-9, **order, dtype="float32")
@@ -38,7 +38,9 @@ def test_the_target_is_least_squares_for_the_float_models_outputs(strength, orde
 
 def test_the_last_layer_of_a_half_makes_up_for_what_follows_it():
     half, ahead = FAMILIES["gpt2"].mlp, torch.randn(3, 5)
-    last = Group(torch.nn.Module(), half, (half.output,), torch.eye(5), torch.ones(5), ahead)
+    last = Group(
+        torch.nn.Module(), half, (half.output,), torch.eye(5), torch.ones(5), torch.ones(5), ahead
+    )
     assert torch.equal(Qep(strength=0.25).drift(torch.randn(3, 5), last), ahead / 4)
 
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from compress.checkpoint import LAYER_KINDS
+from compress.kernel_choice import FEW_ROWS
 from compress.methods.dynamic import Dynamic
 from compress.methods.int8_weight import Int8Weight
 from compress.methods.rtn import Rtn
-from compress.quant_linear import FEW_ROWS, QuantLinear
+from compress.quant_linear import QuantLinear
 
 
 def random(*shape, seed):
@@ -48,32 +49,6 @@ def test_every_kernel_agrees_with_float64(bits, group_size, symmetric, rows):
     x = random(rows, 128, seed=2).bfloat16()
     exact = x.double() @ layer.weight(torch.float64).T + bias.bfloat16().double()
     assert relative(layer(x), exact) < 0.004  # bfloat16 rounds to 0.2-0.4 %
-
-
-def test_kernels_are_named_and_chosen_by_shape():
-    def kernel(bits, group_size, rows, out=96, symmetric=True):
-        made = Rtn(bits=bits, group_size=group_size, symmetric=symmetric)
-        return made.quantize(weight(out), None).kernel(rows, torch.bfloat16)
-
-    assert kernel(4, 64, 1) == kernel(4, 64, 1, symmetric=False) == "int4pack"
-    assert kernel(4, 64, FEW_ROWS) == "rebuild"
-    assert kernel(4, 48, 1) == "rebuild"  # not a group of the kernel: it would crash, unchecked
-    assert kernel(4, 64, 1, out=90) == "rebuild"  # rows must come in sixteens
-    assert kernel(3, 64, 1) == "rebuild"
-    assert kernel(8, -1, 1) == "int8pack"
-    assert kernel(8, -1, 1, symmetric=False) == "rebuild"
-
-
-def test_codes_that_a_kernel_would_crash_on_go_elsewhere():
-    layer = Rtn(bits=8, group_size=-1, symmetric=True).quantize(weight(), None)
-    x = random(4, 128, seed=2).bfloat16()
-    expected = layer(x)
-    shifted = torch.empty(96 * 128 + 8, dtype=torch.int8)[8:].view(96, 128)
-    layer.codes = shifted.copy_(layer.codes)  # 8 bytes off: as in a memory-mapped file
-    assert layer.kernel(4, torch.bfloat16) == "rebuild"
-    assert relative(layer(x), expected) < 0.004
-    odd = Rtn(bits=8, group_size=-1, symmetric=True).quantize(weight(columns=100), None)
-    assert odd.kernel(4, torch.bfloat16) == "rebuild"
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

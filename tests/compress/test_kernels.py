@@ -1,0 +1,193 @@
+"""kernels: each takes only what it computes exactly; the choice is measured and remembered."""
+
+import json
+
+import pytest
+import torch
+
+from compress import int4_layout, kernel_choice, kernels
+from compress.methods.dynamic import Dynamic
+from compress.methods.int8_weight import Int8Weight
+from compress.methods.rtn import Rtn
+from compress.quant_linear import QuantLinear
+
+
+def random(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def rtn(rows=96, columns=128, **settings):
+    return Rtn(**settings).quantize(random(rows, columns, seed=0), None)
+
+
+def int8(columns=128, **settings):
+    return Int8Weight(**settings).quantize(random(96, columns, seed=0), None)
+
+
+def fitting(layer, dtype=torch.bfloat16):
+    return [kernel.name for kernel in layer.candidates if kernel.fits(layer, dtype)]
+
+
+REBUILD = ["rebuild", "rebuild float32"]
+GRIDS = [(4, True), (4, False), (3, False), (2, True), (8, False)]
+
+
+@pytest.mark.parametrize(
+    "layer, names",
+    [
+        (rtn(), ["int4pack", *REBUILD]),
+        (rtn(symmetric=True), ["int4pack", *REBUILD]),
+        (rtn(bits=3), ["int4pack", *REBUILD]),
+        (rtn(bits=2), ["int4pack", *REBUILD]),
+        (rtn(rows=90), ["int4pack", *REBUILD]),  # filled up to sixteens with zeros
+        (rtn(group_size=-1), ["int4pack", *REBUILD]),
+        (rtn(columns=160), ["int4pack", *REBUILD]),  # 64, 64 and 32: groups of 32 for the kernel
+        (rtn(group_size=48), REBUILD),  # not a group of the kernel, which would crash, unchecked
+        (rtn(columns=100), REBUILD),
+        (rtn(dtype="float32"), REBUILD),  # scales that bfloat16 would round
+        (int8(), ["int8pack", *REBUILD]),
+        (int8(symmetric=False), ["int8pack", *REBUILD]),
+        (
+            Int8Weight(True, "tensor").quantize(random(96, 128, seed=0), None),
+            ["int8pack", *REBUILD],
+        ),
+        (int8(granularity="group"), REBUILD),
+        (int8(columns=100), REBUILD),  # it reads 16 at a time
+    ],
+)
+def test_what_kernels_take(layer, names):
+    assert fitting(layer) == names
+    assert fitting(layer, torch.float32) == ["rebuild float32"]
+
+
+def test_codes_that_a_kernel_would_crash_on_go_elsewhere():
+    layer = Int8Weight().quantize(random(96, 128, seed=0), None)
+    assert "int8pack" in fitting(layer)
+    shifted = torch.empty(96 * 128 + 8, dtype=torch.int8)[8:].view(96, 128)
+    layer.codes = shifted.copy_(layer.codes)  # 8 bytes off: as in a memory-mapped file
+    assert fitting(layer) == REBUILD
+
+
+@pytest.mark.parametrize("rows", [1, 7, 33])
+@pytest.mark.parametrize("columns", [128, 160])
+@pytest.mark.parametrize("bits, symmetric", GRIDS)
+def test_every_kernel_means_the_same_weights(bits, symmetric, columns, rows):
+    make = Int8Weight(symmetric) if bits == 8 else Rtn(bits=bits, symmetric=symmetric)
+    layer = make.quantize(random(90, columns, seed=0), None)
+    x = random(rows, columns, seed=1).bfloat16()
+    exact = x.double() @ layer.weight(torch.float64).T
+    for kernel in layer.candidates:
+        if kernel.fits(layer, torch.bfloat16):
+            twin = layer.twin()
+            kernel.prepare(twin)
+            assert relative(kernel.multiply(twin, x), exact) < 0.004, kernel.name
+            # The codes may be held otherwise now; they are the same, and so is what is saved.
+            for mine, other in zip(twin.codes_and_zero(), layer.codes_and_zero(), strict=True):
+                assert torch.equal(mine, other)
+            assert torch.equal(twin.weight(), layer.weight())
+            assert torch.equal(twin.state_dict()["codes"], layer.state_dict()["codes"])
+            numbers = torch.tensor([3, 89, 64, 0])
+            assert torch.equal(twin.rows(numbers), layer.weight()[numbers])
+            assert relative(kernels.rebuild(twin, x, torch.float32), exact) < 0.004
+
+
+@pytest.mark.parametrize("rows", [16, 32, 48, 64, 90, 112, 257])
+def test_the_order_of_int4_codes_is_torchs(rows):
+    codes = torch.randint(0, 16, (rows, 64), dtype=torch.uint8)
+    packed = int4_layout.pack(codes)
+    assert int4_layout.is_known() and len(packed) == rows + -rows % 16
+    assert torch.equal(int4_layout.unpack(packed, 0, rows), codes.T)
+    numbers = torch.randint(0, rows, (40,))
+    assert torch.equal(int4_layout.rows(packed, numbers), codes[numbers])
+    if rows > int4_layout.BLOCK:
+        rest = int4_layout.unpack(packed, int4_layout.BLOCK, rows)
+        assert torch.equal(rest, codes[int4_layout.BLOCK :].T)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_integer_kernels_compute_integers(dtype, rows):
+    layer = Dynamic().quantize(random(96, 128, seed=0), None)
+    span = torch.randint(-255, 1, (rows, 1), generator=torch.Generator().manual_seed(1))
+    x = (torch.randint(0, 256, (rows, 128)) + span).to(dtype)  # a zero of its own for each token
+    exact = x.double() @ layer.weight(torch.float64).T
+    names = set()
+    for kernel in layer.candidates:
+        if kernel.fits(layer, dtype):
+            kernel.prepare(layer)
+            error = relative(kernel.multiply(layer, x), exact)
+            assert error < (0.003 if kernel.name == "int8pack" else 1e-6), kernel.name
+            names.add(kernel.name)
+    assert {"int_mm", "float32 integers"} <= names
+
+
+def test_onednn_is_left_out_where_it_saturates(monkeypatch):
+    layer = Dynamic().quantize(random(96, 128, seed=0), None)
+    assert ("onednn int8" in fitting(layer)) == kernels.onednn_is_exact()
+    monkeypatch.setattr(kernels, "onednn_is_exact", lambda: False)
+    assert "onednn int8" not in fitting(layer)
+
+
+@pytest.fixture
+def own_table(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLIMBENCH_CACHE", str(tmp_path))
+    return tmp_path / "kernels.json"
+
+
+def test_the_choice_is_measured_once_and_kept(own_table, monkeypatch):
+    layer = rtn()
+    few, many = kernel_choice.choose(layer, torch.bfloat16, layer.candidates)
+    assert few.name in ("int4pack", *REBUILD) and many.name in REBUILD
+    (name,) = tables = json.loads(own_table.read_text())
+    assert torch.__version__ in name and f"{torch.get_num_threads()} threads" in name
+    keys = sorted(tables[name])
+    assert [key.split()[0] for key in keys] == ["few", "many"] and "128->96" in keys[0]
+    assert sorted(tables[name][keys[0]]) == ["int4pack", *REBUILD]
+    assert all(us > 0 for known in tables[name].values() for us in known.values())
+    monkeypatch.setattr(kernel_choice, "measured", None)  # would fail if called
+    again = kernel_choice.choose(rtn(), torch.bfloat16, layer.candidates)
+    assert again == (few, many)
+    assert any("128->96" in line and "int4pack" in line for line in kernel_choice.report())
+
+
+def test_the_table_decides_and_a_broken_one_is_measured_anew(own_table):
+    layer = rtn()
+    few, many = kernel_choice.choose(layer, torch.bfloat16, layer.candidates)
+    (other,) = {*REBUILD} - {many.name}
+    (name,) = tables = json.loads(own_table.read_text())
+    for key, known in tables[name].items():
+        wanted = few.name if key.startswith("few") else other
+        tables[name][key] = {each: 1.0 if each == wanted else 2.0 for each in known}
+    own_table.write_text(json.dumps(tables))
+    kernel_choice._tables.cache_clear()
+    chosen = kernel_choice.choose(rtn(), torch.bfloat16, layer.candidates)
+    assert [kernel.name for kernel in chosen] == [few.name, other]
+    for text in ("no JSON", "[]", json.dumps({name: {key: "x" for key in tables[name]}})):
+        own_table.write_text(text)
+        kernel_choice._tables.cache_clear()
+        kernel_choice.choose(rtn(), torch.bfloat16, layer.candidates)
+        assert len(json.loads(own_table.read_text())[name]) == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SLIMBENCH_CACHE", str(tmp_path / "file" / "below"))
+    layer = rtn()
+    assert len(kernel_choice.choose(layer, torch.bfloat16, layer.candidates)) == 2
+
+
+def test_offsets_are_added_after_the_scale():
+    codes = torch.tensor([[0, 15, 3, 8] * 8], dtype=torch.uint8)
+    scale, offset = torch.tensor([[0.5]]), torch.tensor([[-3.0]])
+    layer = QuantLinear.from_codes(
+        codes, scale, None, None, 4, 32, dtype=torch.float32, offset=offset
+    )
+    assert torch.equal(layer.weight(), codes * 0.5 - 3)
+    x = random(2, 32, seed=3)
+    torch.testing.assert_close(layer(x), x @ layer.weight().T)
+    with pytest.raises(ValueError, match="zeros or offsets, not both"):
+        QuantLinear.from_codes(codes, scale, scale, None, 4, 32, offset=offset)
