@@ -41,7 +41,7 @@ class PeerRunner(TorchRunner):
     """Runner over a transformers model whose kernels are known by their library's name only."""
 
     def __init__(self, model: Any, library: str):
-        super().__init__(model)
+        super().__init__(model, own=False)
         self.library = library
 
     def kernels(self, rows: int) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from bench.machine import LIBRARIES, machine, packages
 from bench.models import ALIASES
 from bench.paths import cache_dir, folder_bytes, free_bytes
+from compress import kernel_choice
 
 RUN_NEEDS_BYTES = 2 * 10**9  # default run: download 93 MB, model and parent 540 MB each, artefacts
 RUN_NEEDS_RAM_BYTES = 3 * 2**30
@@ -37,6 +38,8 @@ def report() -> list[str]:
         lines.append(f"{name}  {os.environ.get(name) or 'not set'}")
     lines += ["", "Models that need no download:"]
     lines += [f"  {alias}: {place}" for alias in ALIASES if (place := local_place(alias))]
+    kernels = kernel_choice.report() or ["  none yet: a model's first run measures them"]
+    lines += ["", "Kernels measured here, microseconds for 1 (few) and 128 (many) rows:", *kernels]
     return [*lines, "", *_default_run(ram)]
 
 

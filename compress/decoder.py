@@ -196,8 +196,9 @@ def decoder_for(model: Any, own: bool = True) -> Decoder | None:
 
 def _llama(model: Any, own: bool) -> Decoder | None:
     config, body = model.config, model.model
-    kind = getattr(body.rotary_emb, "rope_type", "default")
-    if config.hidden_act != "silu" or kind not in ("default", "linear", "llama3", "yarn"):
+    kind = getattr(getattr(body, "rotary_emb", None), "rope_type", None)
+    known = ("default", "linear", "llama3", "yarn")  # angles that do not depend on the length
+    if config.hidden_act != "silu" or kind not in known:
         return None
     width, dtype = body.layers[0].self_attn.head_dim, body.norm.weight.dtype
     blocks = []
@@ -205,10 +206,10 @@ def _llama(model: Any, own: bool) -> Decoder | None:
         attention, mlp = layer.self_attn, layer.mlp
         blocks.append(
             Block(
-                RmsNorm(layer.input_layernorm.weight, config.rms_norm_eps),
+                _rms_norm(layer.input_layernorm),
                 fused(attention, ("q_proj", "k_proj", "v_proj"), dtype, own),
                 fused(attention, ("o_proj",), dtype, own),
-                RmsNorm(layer.post_attention_layernorm.weight, config.rms_norm_eps),
+                _rms_norm(layer.post_attention_layernorm),
                 fused(mlp, ("gate_proj", "up_proj"), dtype, own),
                 GatedUnit(),
                 fused(mlp, ("down_proj",), dtype, own),
@@ -217,7 +218,7 @@ def _llama(model: Any, own: bool) -> Decoder | None:
     return Decoder(
         blocks,
         lambda ids, start: body.embed_tokens(ids),
-        RmsNorm(body.norm.weight, config.rms_norm_eps),
+        _rms_norm(body.norm),
         fused(model, ("lm_head",), dtype, own),
         config.num_attention_heads,
         config.num_key_value_heads,
@@ -226,6 +227,20 @@ def _llama(model: Any, own: bool) -> Decoder | None:
         Rotary(body.rotary_emb, dtype),
         dtype,
     )
+
+
+def _gelu(module: Any, approximate: str) -> Layer:
+    """The fused function; what another library put in its place stays."""
+    if not type(module).__module__.startswith("transformers."):
+        return module
+    return lambda x: F.gelu(x, approximate=approximate)
+
+
+def _rms_norm(norm: Any) -> Layer:
+    """The fast norm; what another library put in its place stays."""
+    if type(norm).__name__ != "LlamaRMSNorm":
+        return norm
+    return RmsNorm(norm.weight, norm.variance_epsilon)
 
 
 def _gpt2(model: Any, own: bool) -> Decoder | None:
@@ -242,7 +257,7 @@ def _gpt2(model: Any, own: bool) -> Decoder | None:
             fused(block.attn, ("c_proj",), dtype, own),
             block.ln_2,
             fused(block.mlp, ("c_fc",), dtype, own),
-            lambda x: F.gelu(x, approximate=approximate),
+            _gelu(block.mlp.act, approximate),
             fused(block.mlp, ("c_proj",), dtype, own),
         )
         for block in body.h

@@ -101,10 +101,8 @@ def report() -> list[str]:
     lines = []
     for key, known in sorted(_table(str(cache_dir())).items()):
         ranked = sorted(known.items(), key=lambda pair: pair[1])
-        shape = key
-        for name in sorted(known, key=len, reverse=True):
-            shape = shape.replace(f" {name}", "", 1) if shape.endswith(name) else shape
-        lines.append(f"{shape}: " + ", ".join(f"{name} {us:.0f} us" for name, us in ranked))
+        shape = key.removesuffix(" ".join(known)).rstrip()
+        lines.append(f"  {shape}: " + ", ".join(f"{name} {us:.0f}" for name, us in ranked))
     return lines
 
 

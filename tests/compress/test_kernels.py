@@ -169,8 +169,10 @@ def test_the_table_decides_and_a_broken_one_is_measured_anew(own_table):
     for text in ("no JSON", "[]", json.dumps({name: {key: "x" for key in tables[name]}})):
         own_table.write_text(text)
         kernel_choice._tables.cache_clear()
-        kernel_choice.choose(rtn(), torch.bfloat16, layer.candidates)
-        assert len(json.loads(own_table.read_text())[name]) == 2
+        few, _ = kernel_choice.choose(rtn(), torch.bfloat16, layer.candidates)
+        known = json.loads(own_table.read_text())[name]
+        (measured,) = (value for key, value in known.items() if key.startswith("few"))
+        assert min(measured, key=measured.get) == few.name
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeypatch):
