@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.dtypes import dtype_of, whole
 from compress.kernels import FOR_INTEGERS
-from compress.quant_linear import QuantLinear, dtype_of, whole
+from compress.quant_linear import QuantLinear
 
 
 class Int8DynamicLinear(QuantLinear):

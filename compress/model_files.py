@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from compress.dtypes import DTYPES
 from compress.layers import FAMILIES, LinearFromConv1D, conv1d_to_linear
 from compress.quant_embedding import QuantEmbedding
-from compress.quant_linear import DTYPES
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -19,8 +19,8 @@ from bench.errors import UsageError
 from bench.paths import replaced
 from bench.terminal import err
 from bench.terminal import out as terminal
+from compress.dtypes import DTYPES
 from compress.layers import cast_parameters
-from compress.quant_linear import DTYPES
 from finetune import pretrain, train
 from finetune.options import build as build_settings
 from finetune.options import setting

@@ -7,7 +7,7 @@ from typing import Any
 from bench import models
 from bench.errors import UsageError
 from bench.terminal import err
-from compress.quant_linear import DTYPES
+from compress.dtypes import DTYPES
 from finetune.options import setting
 from finetune.text.token_file import TokenFile, tokenizer_sha256
 from finetune.training import runs

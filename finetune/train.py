@@ -10,7 +10,7 @@ import torch
 from bench import models
 from bench.errors import UsageError
 from bench.terminal import err
-from compress.quant_linear import DTYPES
+from compress.dtypes import DTYPES
 from finetune.judging.judge import judge
 from finetune.options import setting
 from finetune.tasks import Task, checksum, get

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 
 from compress import calibrate
 from compress.base import Compressor, Progress, silent
+from compress.dtypes import DTYPES, check_dtype
 from compress.folding import Before, own_weights
 from compress.layer_inputs import Group
 from compress.layers import SKIP, refuse_no_effect
 from compress.output_error import fit_codes, output_error
-from compress.quant_linear import DTYPES, QuantLinear, check_dtype
+from compress.quant_linear import QuantLinear
 from compress.quant_math import check_grid, fit_range, grouped, rounded
 from compress.registry import register
 from compress.vocabulary import check_head_bits, finish

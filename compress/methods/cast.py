@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from compress.base import Compressor, Progress, silent
+from compress.dtypes import DTYPES, check_dtype
 from compress.layers import cast_parameters
-from compress.quant_linear import DTYPES, check_dtype
 from compress.registry import register
 
 

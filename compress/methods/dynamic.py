@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.base import Compressor, Progress, silent
+from compress.dtypes import DTYPES, check_dtype
 from compress.dynamic_linear import Float16Linear, Int8DynamicLinear
 from compress.layers import SKIP, replace_linears
 from compress.methods.int8_weight import int8_codes, int8_scale
-from compress.quant_linear import DTYPES, check_dtype
 from compress.registry import register
 from compress.vocabulary import check_head_bits, finish
 

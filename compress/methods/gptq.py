@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from compress import calibrate
 from compress.base import Compressor, Progress, silent
+from compress.dtypes import DTYPES, check_dtype
 from compress.layer_inputs import Group
 from compress.layers import SKIP, named_finite, refuse_no_effect
 from compress.output_error import refit_scales, upper_factor
-from compress.quant_linear import DTYPES, QuantLinear, check_dtype
+from compress.quant_linear import QuantLinear
 from compress.quant_math import check_grid, fit_range, grouped
 from compress.registry import register
 from compress.vocabulary import check_head_bits, finish

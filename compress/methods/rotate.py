@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.base import Compressor, Progress, silent
+from compress.dtypes import DTYPES, check_dtype
 from compress.layers import cast_parameters, decoder_blocks, family
-from compress.quant_linear import DTYPES, check_dtype
 from compress.registry import register
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.base import Compressor, Progress, silent
+from compress.dtypes import DTYPES, check_dtype
 from compress.layers import SKIP, replace_linears
-from compress.quant_linear import DTYPES, QuantLinear, check_dtype
+from compress.quant_linear import QuantLinear
 from compress.quant_math import check_grid, fit_range, grouped, to_codes
 from compress.registry import register
 from compress.vocabulary import check_head_bits, finish

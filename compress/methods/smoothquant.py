@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from compress import calibrate
 from compress.base import Compressor, Progress, silent
+from compress.dtypes import DTYPES, check_dtype
 from compress.folding import Before, own_weights
 from compress.layer_inputs import Group
 from compress.layers import SKIP, refuse_no_effect
 from compress.methods.dynamic import Dynamic
-from compress.quant_linear import DTYPES, check_dtype
 from compress.registry import register
 from compress.vocabulary import check_head_bits, finish
 

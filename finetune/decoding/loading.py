@@ -13,7 +13,7 @@ import torch
 from bench import models
 from bench.errors import UsageError
 from compress import checkpoint, model_files
-from compress.quant_linear import DTYPES
+from compress.dtypes import DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
