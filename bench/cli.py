@@ -157,7 +157,7 @@ def compress(
     from the cache if they are there. `none`, `cast` and `rotate` give models that transformers
     reads; other methods of ours are read by `compress.load`, `bench` and `finetune`.
     """
-    from bench.export import export
+    from bench.compress_folder import compress_folder
     from bench.run import Request
 
     request = Request(
@@ -171,7 +171,7 @@ def compress(
         timeout_s=timeout_s,
     )
     with watching() as (watch, _):
-        size = export(request, folder, watch(method))
+        size = compress_folder(request, folder, watch(method))
     out.print(f"{folder}: {size / 1e6:.1f} MB", markup=False)
 
 

@@ -16,7 +16,7 @@ from bench.launch import Report, launch
 from compress import registry
 
 
-def export(request: run.Request, folder: Path, report: Report) -> int:
+def compress_folder(request: run.Request, folder: Path, report: Report) -> int:
     """Compress `request.model` by its one method into `folder`; the bytes written.
 
     Only settings that can change the artefact count. Raises UsageError if `folder` is there
@@ -49,7 +49,8 @@ def export(request: run.Request, folder: Path, report: Report) -> int:
         made = Path(temporary) / "made"
         shutil.copytree(task.artefact / "model", made)
         # The config of what another library wrote is its own affair.
-        finish = model_folder.add_tokenizer if task.env else model_folder.complete
+        foreign = registry.get(task.job.method).foreign
+        finish = model_folder.add_tokenizer if foreign else model_folder.complete
         finish(made, models.tokenizer(model), lineage)
         os.rename(made, folder)  # whole or not at all
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
