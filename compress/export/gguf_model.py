@@ -72,6 +72,8 @@ def metadata_of(config: dict[str, Any]) -> dict[str, Any]:
         given["n_inner"] = given["n_inner"] or 4 * config["n_embd"]
     else:
         given["num_key_value_heads"] = given["num_key_value_heads"] or config["num_attention_heads"]
+    if lacking := [key for key, size in given.items() if type(size) is not int]:
+        raise ValueError(f"{lacking[0]} is {config.get(lacking[0])!r}, not a size")
     values: dict[str, Any] = {"general.architecture": kind}
     values |= {f"{kind}.{SIZES[kind][key]}": size for key, size in given.items()}
     ours, theirs = EPSILON[kind]
