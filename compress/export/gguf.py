@@ -185,12 +185,15 @@ def _stored_names(model: Any, header: Header, file: Path) -> dict[str, str]:
     names = tensor_names(model.config.model_type, len(decoder_blocks(model)), list(shapes))
     surplus = header.tensors.keys() - set(names.values()) - {"output.weight" if tied else ""}
     if surplus:
-        raise ValueError(f"{file} has an unknown tensor {min(surplus)}")
+        raise ValueError(f"{file} has an unknown tensor {min(surplus)!r}")
     for name, theirs in names.items():
         if theirs not in header.tensors:
             raise ValueError(f"{file} lacks the tensor {theirs}")
-        if (found := header.tensors[theirs].shape) != shapes[name]:
-            raise ValueError(f"{file}: tensor {theirs} has shape {found}, not {shapes[name]}")
+        found = header.tensors[theirs]
+        if found.shape != shapes[name]:
+            raise ValueError(f"{file}: tensor {theirs} has shape {found.shape}, not {shapes[name]}")
+        if len(found.shape) == 1 and found.kind not in PLAIN:
+            raise ValueError(f"{file}: tensor {theirs} is a vector of type {found.kind}, not float")
     return names
 
 
@@ -219,8 +222,6 @@ def _plain(model: Any, name: str, header: Header, theirs: str, file: Path) -> Te
     found, rows = header.tensors[theirs], _rows(model, name, header, theirs)
     if found.kind in PLAIN:
         tensor = rows.view(PLAIN[found.kind]).float()
-    elif len(found.shape) == 1:
-        raise ValueError(f"{file}: tensor {theirs} is a vector of type {found.kind}, not of floats")
     else:
         tensor = _dequantized(found.kind, rows, f"{file}: tensor {theirs}")
     tensor = tensor.view(found.shape)

@@ -97,8 +97,8 @@ def _parse(data: memoryview) -> Header:
     for _ in range(value_count):
         key = cursor.text("a key", LONGEST_KEY)
         if not key or key in metadata:
-            raise ValueError(f"the key {key!r} stands twice" if key else "a key is empty")
-        metadata[key] = _value(cursor, f"the value of {key!r}")
+            raise ValueError(f"the key {key[:80]!r} stands twice" if key else "a key is empty")
+        metadata[key] = _value(cursor, f"the value of {key[:80]!r}")
     alignment = metadata.get("general.alignment", ALIGNMENT)
     if type(alignment) is not int or alignment not in ALIGNMENTS:
         raise ValueError(f"general.alignment is {alignment!r}, no power of two from 8 to 65536")

@@ -72,6 +72,8 @@ def metadata_of(config: dict[str, Any]) -> dict[str, Any]:
         given["n_inner"] = given["n_inner"] or 4 * config["n_embd"]
     else:
         given["num_key_value_heads"] = given["num_key_value_heads"] or config["num_attention_heads"]
+    if lacking := [key for key, size in given.items() if type(size) is not int]:
+        raise ValueError(f"{lacking[0]} is {config.get(lacking[0])!r}, not a size")
     values: dict[str, Any] = {"general.architecture": kind}
     values |= {f"{kind}.{SIZES[kind][key]}": size for key, size in given.items()}
     ours, theirs = EPSILON[kind]
@@ -98,7 +100,7 @@ def config_of(header: Header) -> dict[str, Any]:
     """
     kind = header.metadata.get("general.architecture")
     if not isinstance(kind, str) or kind not in SIZES:
-        raise ValueError(f"holds a {kind!r} model; give a llama or gpt2 one")
+        raise ValueError(f"holds a {str(kind)[:40]!r} model; give a llama or gpt2 one")
     if header.metadata.get("split.count", 1) != 1:
         raise ValueError("is one part of several; join them first, with llama-gguf-split --merge")
     values = {
@@ -116,11 +118,11 @@ def config_of(header: Header) -> dict[str, Any]:
     config[ours] = _positive(theirs, values.pop(theirs, None))
     config["vocab_size"] = _rows(header, "token_embd.weight")
     if (said := values.pop("vocab_size", config["vocab_size"])) != config["vocab_size"]:
-        raise ValueError(f"vocab_size {said!r} is not that of token_embd.weight")
+        raise ValueError(f"vocab_size {_short(said)} is not that of token_embd.weight")
     config |= _llama(values, header, config) if kind == "llama" else _gpt2(header, config)
     for key, value in values.items():
         if value not in HARMLESS.get(key, ()):
-            raise ValueError(f"{kind}.{key} is {str(value)[:40]!r}, which is not known here")
+            raise ValueError(f"{kind}.{_short(key)} is {_short(value)}, which is not known here")
     blocks = config[next(iter(SIZES[kind]))]
     if blocks * LEAST_TENSORS > len(header.tensors):
         raise ValueError(f"has too few tensors for {blocks} blocks")
@@ -131,8 +133,10 @@ def _llama(values: dict[str, Any], header: Header, config: dict[str, Any]) -> di
     heads = config["num_attention_heads"]
     widths = {_size(key, values.pop(key)) for key in HEAD_WIDTHS if key in values}
     width = widths.pop() if widths else config["hidden_size"] // heads
-    if widths or width * heads != _rows(header, "blk.0.attn_q.weight"):
-        raise ValueError(f"the width of a head is not that of {', '.join(HEAD_WIDTHS)}")
+    if widths or width % 2 or width * heads != _rows(header, "blk.0.attn_q.weight"):
+        raise ValueError(f"{', '.join(HEAD_WIDTHS)}: not all are the even width of a head")
+    if heads % config["num_key_value_heads"]:
+        raise ValueError("attention.head_count is no multiple of attention.head_count_kv")
     theta = _positive("rope.freq_base", values.pop("rope.freq_base", 10000.0))
     return {
         "head_dim": width,
@@ -164,7 +168,7 @@ def _ids(header: Header, vocab_size: int) -> dict[str, int]:
         key = f"tokenizer.ggml.{name}_token_id"
         value = header.metadata.get(key)
         if value is not None and (type(value) is not int or not 0 <= value < vocab_size):
-            raise ValueError(f"{key} is {str(value)[:40]!r}, no token of {vocab_size}")
+            raise ValueError(f"{key} is {_short(value)}, no token of {vocab_size}")
         if value is not None and name in ("bos", "eos", "padding"):
             found[f"{name.replace('padding', 'pad')}_token_id"] = value
     return found
@@ -179,14 +183,19 @@ def _rows(header: Header, name: str) -> int:
 
 def _size(key: str, value: Any) -> int:
     if type(value) is not int or not 0 < value < 2**31:
-        raise ValueError(f"{key} must be a positive whole number, not {str(value)[:40]!r}")
+        raise ValueError(f"{key} must be a positive whole number, not {_short(value)}")
     return value
 
 
 def _positive(key: str, value: Any) -> float:
     if type(value) is not float or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{key} must be a positive number, not {str(value)[:40]!r}")
+        raise ValueError(f"{key} must be a positive number, not {_short(value)}")
     return value
+
+
+def _short(value: Any) -> str:
+    """What the file says, fit for one line."""
+    return repr(value if isinstance(value, int | float) else str(value)[:40])
 
 
 def tensor_names(kind: str, blocks: int, names: list[str]) -> dict[str, str]:

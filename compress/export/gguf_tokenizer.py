@@ -6,17 +6,29 @@ SentencePiece BPE (tokenizer.model) is GGUF's "llama".
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compress.model_files import read_json
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's types of tokens
 FAST, PIECES, SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
-SPLITS = {"gpt-2": [BYTES], "smollm": [DIGITS, BYTES]}
+SPLITS = {"gpt-2": [BYTES], "smollm": [DIGITS, BYTES]}  # llama.cpp's name -> tokenizer.json's steps
+STRANGE = ("normalizer", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
 KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+PREFIX = "tokenizer.ggml."
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Number -> text and type of each token, and the values that belong to this kind."""
+
+    texts: dict[int, str]
+    types: dict[int, int]
+    values: dict[str, Any]
 
 
 def metadata_of(folder: Path | None, config: dict[str, Any]) -> dict[str, Any]:
@@ -26,136 +38,132 @@ def metadata_of(folder: Path | None, config: dict[str, Any]) -> dict[str, Any]:
     a tokenizer that is missing or that llama.cpp has no equal of.
     """
     if folder is None:
-        return {"tokenizer.ggml.model": "no_vocab"}
-    if not (folder / FAST).exists() and not (folder / PIECES).exists():
-        raise ValueError(f"{folder} holds no {FAST} and no {PIECES}")
-    about = read_json(folder / FAST) if (folder / FAST).exists() else {}
-    pieces = _sentencepiece(folder) if (folder / PIECES).exists() else _byte_level(folder, about)
+        return {f"{PREFIX}model": "no_vocab"}
+    fast = _fast(folder) if (folder / FAST).exists() else None
+    about = json.loads(fast.to_str()) if fast else {}
     settings = read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
-    texts, types = pieces.pop("tokens"), pieces.pop("types")
-    for token in about.get("added_tokens") or []:
-        texts[token["id"]] = token["content"]
-        types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
     size = config["vocab_size"]
-    if max(texts) >= size:
-        raise ValueError(f"{folder}: token {max(texts)} is none of the model's {size}")
-    values = {"tokenizer.ggml.tokens": [texts.get(i, f"[PAD{i}]") for i in range(size)]}
-    values["tokenizer.ggml.token_type"] = [types.get(i, UNUSED) for i in range(size)]
-    if "tokenizer.ggml.scores" in pieces:
-        scores = pieces.pop("tokenizer.ggml.scores")
-        values["tokenizer.ggml.scores"] = [scores.get(i, -1000.0) for i in range(size)]
-    ids = _special_ids(settings, config, {text: index for index, text in texts.items()})
-    if "tokenizer.ggml.eos_token_id" not in ids:  # llama.cpp would take token 11 or 2
+    if (folder / PIECES).exists():
+        found = _sentencepiece(folder / PIECES, size)
+    elif fast:
+        found = _byte_level(folder / FAST, about)
+    else:
+        raise ValueError(f"{folder} holds no {FAST} and no {PIECES}")
+    for token in about.get("added_tokens") or []:
+        found.texts[token["id"]] = token["content"]
+        found.types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+    if max(found.texts) >= size:
+        raise ValueError(f"{folder}: token {max(found.texts)} is none of the model's {size}")
+
+    ids = _special_ids(settings, config, {text: index for index, text in found.texts.items()})
+    if "eos" not in ids:  # llama.cpp would take token 11 or 2
         raise ValueError(f"{folder} names no token that ends a text (eos_token)")
-    values |= pieces | ids | _added_by_itself(folder, settings, ids)
+    begins, ends = _added(fast, ids) if fast else _added_by_settings(settings)
+    values = found.values | {
+        "tokens": [found.texts.get(index, f"[PAD{index}]") for index in range(size)],
+        "token_type": [found.types.get(index, UNUSED) for index in range(size)],
+        **{f"{KEYS[name]}_token_id": number for name, number in ids.items()},
+        "add_bos_token": begins,
+        "add_eos_token": ends,
+    }
     template = _chat_template(folder, settings)
-    return values | ({"tokenizer.chat_template": template} if template else {})
+    return {f"{PREFIX}{key}": value for key, value in values.items()} | (
+        {"tokenizer.chat_template": template} if template else {}
+    )
 
 
-def _byte_level(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
-    """Pieces of a tokenizer.json. Raises ValueError unless it is a byte-level BPE with a name."""
-    model = about.get("model")
-    if not isinstance(model, dict) or model.get("type") != "BPE" or not _is_bytes(about):
-        cure = (
-            f"give its {PIECES}" if isinstance(model, dict) and model.get("byte_fallback") else ""
-        )
-        raise ValueError(
-            f"{folder / FAST} is no byte-level BPE, which GGUF could hold {cure}".strip()
-        )
-    pre = about.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
-    split = [
-        {key: step.get(key) for key in ("type", *BYTES, *DIGITS) if key in step} for step in steps
-    ]
+def _fast(folder: Path) -> Any:
+    """The tokenizer of a tokenizer.json, which checks the file, or ValueError."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(folder / FAST))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{folder / FAST} is not a tokenizer: {error}") from None
+
+
+def _byte_level(file: Path, about: dict[str, Any]) -> Vocabulary:
+    """Raises ValueError unless the tokenizer is a byte-level BPE that llama.cpp has a name for."""
+    model, before = about["model"], about.get("pre_tokenizer") or {}
+    steps = before.get("pretokenizers", [before])
+    if model.get("byte_fallback"):
+        raise ValueError(f"{file} comes from SentencePiece; GGUF needs its {PIECES}, too")
+    if model["type"] != "BPE" or all(step.get("type") != "ByteLevel" for step in steps):
+        raise ValueError(f"{file} is not a byte-level BPE, which is what llama.cpp knows")
+    keys = {*BYTES, *DIGITS}
+    split = [{key: value for key, value in step.items() if key in keys} for step in steps]
     names = [name for name, known in SPLITS.items() if split == known]
-    strange = [key for key in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
-    strange += [key for key in ("ignore_merges", "byte_fallback") if model.get(key)]
-    strange += ["normalizer"] if about.get("normalizer") else []
+    strange = [key for key in STRANGE if model.get(key) or about.get(key)]
     if not names or strange:
-        what = f"its {strange[0]}" if strange else "the way it splits text"
-        raise ValueError(f"{folder / FAST}: llama.cpp has no name for {what}")
+        what = strange[0] if strange else "way of splitting text"
+        raise ValueError(f"{file}: llama.cpp has no name for its {what}")
     texts = {index: text for text, index in model["vocab"].items()}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": names[0],
-        "tokenizer.ggml.merges": merges,
-        "tokens": texts,
-        "types": dict.fromkeys(texts, NORMAL),
-    }
+    values = {"model": "gpt2", "pre": names[0], "merges": merges}
+    return Vocabulary(texts, dict.fromkeys(texts, NORMAL), values)
 
 
-def _is_bytes(about: dict[str, Any]) -> bool:
-    return "ByteLevel" in json.dumps(about.get("pre_tokenizer"))
+def _sentencepiece(file: Path, size: int) -> Vocabulary:
+    """Raises ValueError unless llama.cpp splits text as the model in `file` does.
 
-
-def _sentencepiece(folder: Path) -> dict[str, Any]:
-    """Pieces of a tokenizer.model. Raises ValueError unless llama.cpp splits text the same way."""
+    size: of the model's vocabulary, which the list of scores must have.
+    """
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as messages
 
     model: Any = messages.ModelProto()  # type: ignore[attr-defined]
     try:
-        model.ParseFromString((folder / PIECES).read_bytes())
+        model.ParseFromString(file.read_bytes())
     except DecodeError:
-        raise ValueError(f"{folder / PIECES} is not a SentencePiece model") from None
+        raise ValueError(f"{file} is not a SentencePiece model") from None
     trained, normal = model.trainer_spec, model.normalizer_spec
-    wanted = {
-        "model_type BPE": trained.model_type == trained.BPE,
-        "byte_fallback": trained.byte_fallback,
-        "no normalization": normal.name == "identity",
+    known = {
+        "model_type=bpe": trained.model_type == trained.BPE,
+        "byte_fallback=true": trained.byte_fallback,
+        "normalization_rule_name=identity": normal.name == "identity",
         "remove_extra_whitespaces=false": not normal.remove_extra_whitespaces,
     }
-    if lacking := [what for what, there in wanted.items() if not there]:
-        raise ValueError(f"{folder / PIECES}: llama.cpp reads SentencePiece with {lacking[0]} only")
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.add_space_prefix": normal.add_dummy_prefix,
-        "tokenizer.ggml.scores": {i: piece.score for i, piece in enumerate(model.pieces)},
-        "tokens": {i: piece.piece for i, piece in enumerate(model.pieces)},
-        "types": {i: piece.type for i, piece in enumerate(model.pieces)},  # the same numbers
+    if lacking := [setting for setting, given in known.items() if not given]:
+        raise ValueError(f"{file}: llama.cpp knows only SentencePiece with {lacking[0]}")
+    scores = [piece.score for piece in model.pieces]
+    values = {
+        "model": "llama",
+        "pre": "default",
+        "scores": scores + [0.0] * (size - len(scores)),
+        "add_space_prefix": normal.add_dummy_prefix,
     }
+    texts = {index: piece.piece for index, piece in enumerate(model.pieces)}
+    types = {index: piece.type for index, piece in enumerate(model.pieces)}  # the same numbers
+    return Vocabulary(texts, types, values)
 
 
 def _special_ids(
     settings: dict[str, Any], config: dict[str, Any], numbers: dict[str, int]
 ) -> dict[str, int]:
-    """The special tokens that tokenizer_config.json names, or else config.json."""
+    """bos, eos, unk and pad as tokenizer_config.json names them, or else config.json."""
     ids = {}
-    for ours, theirs in KEYS.items():
-        token = settings.get(f"{ours}_token")
+    for name in KEYS:
+        token = settings.get(f"{name}_token")
         text = token.get("content") if isinstance(token, dict) else token
-        found = numbers.get(text) if text else config.get(f"{ours}_token_id")
+        found = numbers.get(text) if text else config.get(f"{name}_token_id")
         if type(found) is int and 0 <= found < config["vocab_size"]:
-            ids[f"tokenizer.ggml.{theirs}_token_id"] = found
+            ids[name] = found
     return ids
 
 
-def _added_by_itself(
-    folder: Path, settings: dict[str, Any], ids: dict[str, int]
-) -> dict[str, bool]:
-    """Whether the tokenizer puts the first and the last token of a text there by itself."""
-    first, last = (ids.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
-    if (folder / FAST).exists():
-        from tokenizers import Tokenizer
+def _added(tokenizer: Any, ids: dict[str, int]) -> tuple[bool, bool]:
+    """Whether a text gets a first and a last token by itself. ValueError if it gets others."""
+    whole, bare = (tokenizer.encode("a", add_special_tokens=on).ids for on in (True, False))
+    begins = len(whole) > len(bare) and whole[0] == ids.get("bos")
+    ends = len(whole) > len(bare) + begins and whole[-1] == ids["eos"]
+    if whole[begins : len(whole) - ends] != bare:
+        raise ValueError(f"{FAST} adds tokens to a text that GGUF cannot say: {whole}")
+    return begins, ends
 
-        try:
-            tokenizer = Tokenizer.from_file(str(folder / FAST))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{folder / FAST} is not a tokenizer: {error}") from None
-        bare = tokenizer.encode("a", add_special_tokens=False).ids
-        ids_found = tokenizer.encode("a").ids
-        begins, ends = (
-            ids_found != bare and ids_found[0] == first,
-            ids_found[-1] == last != bare[-1],
-        )
-        if [first] * begins + bare + [last] * ends != ids_found:
-            raise ValueError(f"{folder / FAST} adds tokens to a text that GGUF cannot say")
-    else:
-        begins = bool(settings.get("add_bos_token", True))  # LlamaTokenizer's own choice
-        ends = bool(settings.get("add_eos_token", False))
-    return {"tokenizer.ggml.add_bos_token": begins, "tokenizer.ggml.add_eos_token": ends}
+
+def _added_by_settings(settings: dict[str, Any]) -> tuple[bool, bool]:
+    """See `_added`; what LlamaTokenizer does where nothing is said."""
+    return bool(settings.get("add_bos_token", True)), bool(settings.get("add_eos_token", False))
 
 
 def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
