@@ -14,7 +14,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def export(
     method = registry.get(job["method"], **job["settings"])
     if method.env:
         raise UsageError(f"{job['method']} writes its own library's format, which stays as it is")
-    title = registry.describe(job["method"], job["settings"])
+    title = registry.describe(job["method"], asdict(method))
     artefact = artefact_folder(record["machine"]["name"], record["compress_key"])
     if record["status"] != "ok" or cost_of(artefact) is None:
         raise ValueError(
