@@ -153,17 +153,22 @@ def read(path: Path) -> Any:
     except ValueError as error:
         raise ValueError(f"{file} {error}") from None
     model = skeleton(config, file, len(header.data))
-    stored = _stored_names(model, header, file)
-    coded, tensors = [], {}
-    for name, theirs in stored.items():
-        if _keeps_codes(model, name, header.tensors[theirs].kind):
-            coded.append(name)
+    names = _stored_names(model, header, file)
+    tensors: dict[str, Tensor] = {}
+    biases_first = sorted(names, key=lambda name: name.endswith(".weight"))
+    for name in biases_first:  # which layers of codes take with them
+        theirs, layer_name = names[name], name.rpartition(".")[0]
+        kind, where = header.tensors[theirs].kind, f"{file}: tensor {theirs}"
+        owner = model.get_submodule(layer_name)
+        embeds = owner is model.get_input_embeddings()
+        rows = _rows(header, theirs, turning_heads(config, name))
+        if kind in BLOCK_BYTES and (embeds or isinstance(owner, nn.Linear)):
+            bias = tensors.pop(f"{layer_name}.bias", None)
+            place(model, layer_name, _coded(kind, rows, bias, embeds, where), where)
         else:
-            tensors[name] = _plain(model, name, header, theirs, file)
-    for name in coded:
-        owner, where = name.removesuffix(".weight"), f"{file}: tensor {stored[name]}"
-        bias = tensors.pop(f"{owner}.bias", None)
-        place(model, owner, _coded(model, name, header, stored[name], bias, where), where)
+            tensor = _plain(kind, rows, where).view(header.tensors[theirs].shape)
+            turned = isinstance(owner, LinearFromConv1D) and tensor.dim() == 2
+            tensors[name] = tensor.T if turned else tensor
     assign(model, tensors, file)
     return model.eval().requires_grad_(False)
 
@@ -197,36 +202,20 @@ def _stored_names(model: Any, header: Header, file: Path) -> dict[str, str]:
     return names
 
 
-def _keeps_codes(model: Any, name: str, kind: str) -> bool:
-    owner = model.get_submodule(name.rpartition(".")[0])
-    matrix = isinstance(owner, nn.Linear) or owner is model.get_input_embeddings()
-    return kind in BLOCK_BYTES and matrix and name.endswith(".weight")
-
-
 def _coded(
-    model: Any, name: str, header: Header, theirs: str, bias: Tensor | None, where: str
+    kind: str, rows: Tensor, bias: Tensor | None, embeds: bool, where: str
 ) -> QuantLinear | QuantEmbedding:
-    """The layer whose weight is `theirs`, with its codes."""
-    embeds = model.get_submodule(name.rpartition(".")[0]) is model.get_input_embeddings()
-    dtype = torch.float16 if bias is None and not embeds else torch.float32
-    rows = _rows(model, name, header, theirs)
+    dtype = torch.float16 if bias is None and not embeds else torch.float32  # see the module
     try:
-        layer = from_blocks(header.tensors[theirs].kind, rows, bias, dtype)
+        layer = from_blocks(kind, rows, bias, dtype)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return QuantEmbedding(layer) if embeds else layer
 
 
-def _plain(model: Any, name: str, header: Header, theirs: str, file: Path) -> Tensor:
-    """The tensor `theirs` in float32, laid out as transformers' file has it."""
-    found, rows = header.tensors[theirs], _rows(model, name, header, theirs)
-    if found.kind in PLAIN:
-        tensor = rows.view(PLAIN[found.kind]).float()
-    else:
-        tensor = _dequantized(found.kind, rows, f"{file}: tensor {theirs}")
-    tensor = tensor.view(found.shape)
-    turned = isinstance(model.get_submodule(name.rpartition(".")[0]), LinearFromConv1D)
-    return tensor.T if turned and tensor.dim() == 2 else tensor
+def _plain(kind: str, rows: Tensor, where: str) -> Tensor:
+    """Rows of bytes as float32."""
+    return rows.view(PLAIN[kind]).float() if kind in PLAIN else _dequantized(kind, rows, where)
 
 
 def _dequantized(kind: str, rows: Tensor, where: str) -> Tensor:
@@ -244,9 +233,8 @@ def _dequantized(kind: str, rows: Tensor, where: str) -> Tensor:
     return tensor
 
 
-def _rows(model: Any, name: str, header: Header, theirs: str) -> Tensor:
-    """The bytes of a tensor, (rows, bytes of a row) uint8, rows in transformers' order; a copy."""
-    content = np.frombuffer(header.bytes_of(theirs), dtype=np.uint8).copy()
-    rows = torch.from_numpy(content).view(header.tensors[theirs].shape[0], -1)
-    heads = turning_heads(model.config.to_dict(), name)
+def _rows(header: Header, name: str, heads: int) -> Tensor:
+    """A tensor as (rows, bytes of a row) uint8, rows in transformers' order; a copy."""
+    content = np.frombuffer(header.bytes_of(name), dtype=np.uint8).copy()
+    rows = torch.from_numpy(content).view(header.tensors[name].shape[0], -1)
     return halved(rows, heads) if heads else rows
