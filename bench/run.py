@@ -250,12 +250,17 @@ def environment(env: str | None) -> str:
 
 def code_of(method: Compressor) -> dict[str, str]:
     """Hashes of the source that makes the artefact of `method`, and that measures it."""
-    own = [Path(str(sys.modules[type(method).__module__].__file__))]
-    if method.foreign and method.env is None:  # it reads formats, which no import statement names
-        own += (ROOT / "compress" / "export").glob("*.py")
+    own = sources(method)
     bench = ROOT / "bench"
     made_by = [*own, bench / "models.py", bench / "data.py"]
     return {
         "compress": source_hash(made_by, alone=[bench / "worker.py", bench / "memory.py"]),
         "measure": source_hash([*own, bench / "worker.py"]),
     }
+
+
+def sources(method: Compressor) -> list[Path]:
+    """The file of `method`; and those of the formats, which no import names, if it reads them."""
+    reads = method.foreign and method.env is None
+    formats = sorted((ROOT / "compress" / "export").glob("*.py")) if reads else []
+    return [Path(str(sys.modules[type(method).__module__].__file__)), *formats]
