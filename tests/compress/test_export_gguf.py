@@ -2,6 +2,7 @@
 
 import json
 import struct
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -565,6 +566,15 @@ def test_models_that_gguf_cannot_hold(method, message, model, tmp_path):
         ),
         (
             "llama",
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
+        ("llama", {"model_type": "bert"}, "no GGUF of 'bert' here"),
+        ("llama", {"intermediate_size": None}, "intermediate_size is None, not a size"),
+        ("gpt2", {"n_embd": 0}, "n_embd is 0, not a size"),
+        ("gpt2", {"layer_norm_epsilon": None}, "layer_norm_epsilon is None, not a number"),
+        (
+            "llama",
             {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.1}},
             "rope_theta 10000.1 is not exact",
         ),
@@ -572,9 +582,14 @@ def test_models_that_gguf_cannot_hold(method, message, model, tmp_path):
 )
 def test_settings_that_gguf_cannot_say(family, changes, message, request):
     model = request.getfixturevalue(family)
-    for key, value in changes.items():
-        setattr(model.config, key, value)
+    config = model.config.to_dict() | changes
+    model.config = SimpleNamespace(to_dict=lambda: config)
     assert message in (ours.refusal(model) or "")
+
+
+def test_tensors_without_a_place_are_refused(llama):
+    llama.model.extra = nn.Linear(64, 64)
+    assert ours.refusal(llama) == "no place in GGUF for model.extra.weight"
 
 
 def test_tensors_of_other_types_are_refused(llama):

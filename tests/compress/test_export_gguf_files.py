@@ -214,6 +214,8 @@ def write_again(header, metadata, path, kinds=None, without=(), shapes=None, mor
         ({"llama__attention__head_count": 3}, "even width of a head"),
         ({"llama__attention__head_count_kv": 3}, "no multiple of attention.head_count_kv"),
         ({"llama__attention__head_count_kv": 4}, r"attn_k.weight has shape \(32, 64\)"),
+        # without the key, each head has keys of its own
+        ({"llama__attention__head_count_kv": None}, r"attn_k.weight has shape \(32, 64\)"),
         ({"llama__attention__key_length": 32}, "even width of a head"),
         ({"llama__rope__dimension_count": 8}, "even width of a head"),
         ({"llama__rope__freq_base": -1.0}, "rope.freq_base must be a positive number"),
@@ -239,6 +241,13 @@ def test_values_that_make_no_model(values, message, good, tmp_path):
 def test_a_key_with_a_line_break_stays_on_one_line(good, tmp_path):
     header, metadata, path = changed(good, tmp_path)
     refused(write_again(header, metadata | {"llama.a\nb": 1}, path), "is 1, which is not known")
+
+
+def test_a_head_of_odd_width(good, tmp_path):
+    values = dict.fromkeys(("key_length", "value_length"), None)
+    values = {f"llama__attention__{key}": value for key, value in values.items()}
+    values |= {"llama__rope__dimension_count": None, "llama__attention__head_count": 64}
+    refused(write_again(*changed(good, tmp_path, **values)), "even width of a head")
 
 
 def test_values_that_say_what_is_so_anyway(good, tmp_path):
