@@ -294,6 +294,15 @@ def test_other_blocks_become_plain_weights(kind, llama, token_ids, tmp_path):
     assert torch.equal(read.model.layers[0].mlp.up_proj.weight, weight)
 
 
+def test_positions_in_blocks_become_plain_weights(gpt2, tmp_path):
+    header = exported(gpt2, tmp_path)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    blocks = gguf.quantize(gpt2.transformer.wpe.weight.numpy(), kind)
+    file = rewritten(tmp_path, header, {"position_embd.weight": ("Q8_0", blocks)})
+    weight = torch.from_numpy(gguf.dequantize(blocks, kind))
+    assert torch.equal(export.read(file).transformer.wpe.weight, weight)
+
+
 def rewritten(folder, header, tensors=(), values=(), without=(), file="new.gguf"):
     """The file of `header` again, with some tensors (kind, blocks) and values replaced."""
     entries = []
