@@ -67,17 +67,20 @@ def metadata_of(config: dict[str, Any]) -> dict[str, Any]:
     for key, wanted in PRESUMED[kind].items():
         if config.get(key, wanted[0]) not in wanted:
             raise ValueError(f"{key} is {config[key]!r}; GGUF presumes {wanted[0]!r}")
-    given = {key: config.get(key) for key in SIZES[kind]}
+    sizes = {key: config.get(key) for key in (*SIZES[kind], "vocab_size")}
     if kind == "gpt2":
-        given["n_inner"] = given["n_inner"] or 4 * config["n_embd"]
+        sizes["n_inner"] = sizes["n_inner"] or 4 * (sizes["n_embd"] or 0)
     else:
-        given["num_key_value_heads"] = given["num_key_value_heads"] or config["num_attention_heads"]
-    if lacking := [key for key, size in given.items() if type(size) is not int]:
-        raise ValueError(f"{lacking[0]} is {config.get(lacking[0])!r}, not a size")
+        sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
+    if lacking := [key for key, size in sizes.items() if type(size) is not int or size < 1]:
+        raise ValueError(f"{lacking[0]} is {sizes[lacking[0]]!r}, not a size")
+    names = SIZES[kind] | {"vocab_size": "vocab_size"}
     values: dict[str, Any] = {"general.architecture": kind}
-    values |= {f"{kind}.{SIZES[kind][key]}": size for key, size in given.items()}
+    values |= {f"{kind}.{names[key]}": size for key, size in sizes.items()}
     ours, theirs = EPSILON[kind]
-    values |= {f"{kind}.{theirs}": config[ours], f"{kind}.vocab_size": config["vocab_size"]}
+    if type(config.get(ours)) is not float:
+        raise ValueError(f"{ours} is {config.get(ours)!r}, not a number")
+    values[f"{kind}.{theirs}"] = config[ours]
     return values | (_rotary(config) if kind == "llama" else {})
 
 
@@ -85,8 +88,10 @@ def _rotary(config: dict[str, Any]) -> dict[str, Any]:
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope = rotary.get("rope_type", rotary.get("type", "default"))
-    if rope != "default" or rotary.get("partial_rotary_factor", 1.0) != 1.0:
+    if rope != "default":
         raise ValueError(f"no conversion of rope_type {rope!r} to GGUF here")
+    if rotary.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("no conversion of a partial_rotary_factor to GGUF here")
     theta = float(rotary.get("rope_theta") or config.get("rope_theta") or 10000.0)
     if struct.unpack("<f", struct.pack("<f", theta))[0] != theta:
         raise ValueError(f"rope_theta {theta} is not exact in GGUF's 32 bits")

@@ -1,7 +1,9 @@
 """gguf: blocks by hand, gguf's own arithmetic, the same model back, tokenizers, refusals."""
 
+import importlib
 import json
 import struct
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -11,7 +13,6 @@ from torch import nn
 
 import compress
 from bench import models
-from compress import export
 from compress.dynamic_linear import Float16Linear
 from compress.export import gguf as ours
 from compress.export import gguf_blocks, gguf_header
@@ -20,6 +21,7 @@ from compress.model_files import tie
 from compress.quant_embedding import QuantEmbedding
 from compress.quant_linear import QuantLinear
 
+export = importlib.import_module("compress.export")  # not the function of that name
 SYMMETRIC = "rtn(bits=4,group_size=32,symmetric=true)"
 FITTING = (SYMMETRIC, "rtn(group_size=32)", "rtn(bits=3,group_size=32)", "rtn(bits=2)", "int8_sym")
 
@@ -293,6 +295,15 @@ def test_other_blocks_become_plain_weights(kind, llama, token_ids, tmp_path):
     assert torch.equal(read.model.layers[0].mlp.up_proj.weight, weight)
 
 
+def test_positions_in_blocks_become_plain_weights(gpt2, tmp_path):
+    header = exported(gpt2, tmp_path)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    blocks = gguf.quantize(gpt2.transformer.wpe.weight.numpy(), kind)
+    file = rewritten(tmp_path, header, {"position_embd.weight": ("Q8_0", blocks)})
+    weight = torch.from_numpy(gguf.dequantize(blocks, kind))
+    assert torch.equal(export.read(file).transformer.wpe.weight, weight)
+
+
 def rewritten(folder, header, tensors=(), values=(), without=(), file="new.gguf"):
     """The file of `header` again, with some tensors (kind, blocks) and values replaced."""
     entries = []
@@ -499,7 +510,7 @@ def test_a_sentencepiece_model(pieces, llama, tmp_path):
     assert values["tokenizer.ggml.tokens"][:count] == tokens
     assert values["tokenizer.ggml.tokens"][count] == f"[PAD{count}]"
     scores = [model.get_score(index) for index in range(count)]
-    assert list(values["tokenizer.ggml.scores"])[:count] == scores
+    assert list(values["tokenizer.ggml.scores"]) == scores + [0.0] * (300 - count)
     types = list(values["tokenizer.ggml.token_type"])
     assert types[:4] == [2, 3, 3, 6]  # unknown, begin, end, the first byte
     assert types.count(6) == 256 and types[count:] == [5] * (300 - count)
@@ -565,6 +576,15 @@ def test_models_that_gguf_cannot_hold(method, message, model, tmp_path):
         ),
         (
             "llama",
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
+        ("llama", {"model_type": "bert"}, "no GGUF of 'bert' here"),
+        ("llama", {"intermediate_size": None}, "intermediate_size is None, not a size"),
+        ("gpt2", {"n_embd": 0}, "n_embd is 0, not a size"),
+        ("gpt2", {"layer_norm_epsilon": None}, "layer_norm_epsilon is None, not a number"),
+        (
+            "llama",
             {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.1}},
             "rope_theta 10000.1 is not exact",
         ),
@@ -572,9 +592,14 @@ def test_models_that_gguf_cannot_hold(method, message, model, tmp_path):
 )
 def test_settings_that_gguf_cannot_say(family, changes, message, request):
     model = request.getfixturevalue(family)
-    for key, value in changes.items():
-        setattr(model.config, key, value)
+    config = model.config.to_dict() | changes
+    model.config = SimpleNamespace(to_dict=lambda: config)
     assert message in (ours.refusal(model) or "")
+
+
+def test_tensors_without_a_place_are_refused(llama):
+    llama.model.extra = nn.Linear(64, 64)
+    assert ours.refusal(llama) == "no place in GGUF for model.extra.weight"
 
 
 def test_tensors_of_other_types_are_refused(llama):
