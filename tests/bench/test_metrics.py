@@ -375,7 +375,8 @@ def test_what_was_left_alone_by_role(sized):
 def test_another_librarys_files_count_against_the_parents_weights(tmp_path, tiny_llama, tiny_gpt2):
     (tmp_path / "model.onnx").write_bytes(b"x" * 1000)
     (tmp_path / "config.json").write_bytes(b"{}")
-    (tmp_path / "tokenizer.json").write_bytes(b"x" * 5000)
+    for name in ("tokenizer.json", "export.json"):
+        (tmp_path / name).write_bytes(b"x" * 5000)
     weights = {
         tiny_llama: LLAMA_LINEAR + 2 * 257 * 64 + LLAMA_NORM,
         tiny_gpt2: GPT2_LINEAR + GPT2_NORM + GPT2_BIAS + GPT2_EMBEDDING,  # its head is tied
