@@ -54,7 +54,7 @@ class Runtime:
     why: str
 
 
-# Of 4-bit models on gpt2-mini, smollm2-135m and the random tiny-llama. Rounding: bfloat16 0.03, 0.13
+# Of 4-bit gpt2-mini, smollm2-135m and the random tiny-llama. Rounding: bfloat16 0.03, 0.13
 # and 0.16, llama.cpp 0.03, 0.18 and 0.23. Mistakes: rows of one layer off by one 0.8, 1.5 and 1.9;
 # zeros one too high everywhere 0.28, which would pass in llama.cpp, 7.2 and 5.6.
 RUNTIMES = {
