@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ class Peer(Compressor):
     Override what the library does its own way. It is imported inside `read`, `compress`, `save`
     and `load` only: the bench imports adapters where their libraries are missing.
     """
+
+    foreign: ClassVar[bool] = True
 
     def read(self, folder: Path) -> Any:
         """The model in bfloat16."""

@@ -1,16 +1,15 @@
-"""`python -m bench`: run, compress, list, leaderboard, show, doctor.
+"""`python -m bench`: run, compress, export, list, leaderboard, show, doctor.
 
 Exit codes: 0 fine; 1 something found is unusable, or a method failed; 2 the command line names
 or sets something that cannot be. Errors are one line; `--debug` adds the traceback.
 """
 
-import inspect
 import json
 import logging
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -43,6 +42,17 @@ python -m bench run --methods 'gptq,gptq(bits=3),rtn(bits=4,group_size=32)'
 python -m bench run --model gpt2 --data wikitext2 --methods gptq --set gptq.bits=3
 
 python -m bench run --model tiny-llama --data my.txt --window 256 --limit 8 --threads 1
+
+python -m bench run --methods 'rtn,file:theirs/model.Q4_0.gguf,file:theirs-awq/'
+"""
+EXPORT_EXAMPLES = """
+[bold]Examples[/bold]
+
+python -m bench run --methods 'gptq(group_size=32)'
+
+python -m bench export 3f2a --format gguf --out small-gguf
+
+Exit code 1: a check failed; the folder stays, and export.json says which.
 """
 
 
@@ -157,7 +167,7 @@ def compress(
     from the cache if they are there. `none`, `cast` and `rotate` give models that transformers
     reads; other methods of ours are read by `compress.load`, `bench` and `finetune`.
     """
-    from bench.export import export
+    from bench.compress_folder import compress_folder
     from bench.run import Request
 
     request = Request(
@@ -171,34 +181,44 @@ def compress(
         timeout_s=timeout_s,
     )
     with watching() as (watch, _):
-        size = export(request, folder, watch(method))
+        size = compress_folder(request, folder, watch(method))
     out.print(f"{folder}: {size / 1e6:.1f} MB", markup=False)
+
+
+@app.command(epilog=EXPORT_EXAMPLES)
+def export(
+    key: Annotated[str, typer.Argument(help="Key of a record, or its first digits.")],
+    form: Annotated[str, typer.Option("--format", help="A format; see `list`.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder to make.", metavar="DIR")],
+    model: Annotated[
+        str | None, typer.Option(help="The record's model, where its name is that of a folder.")
+    ] = None,
+    timeout_s: Timeout = 600.0,
+    results: Results = DEFAULT_RESULTS,
+    debug: Debug = False,
+) -> None:
+    """Write what a record measured in another runtime's format, and check what was written.
+
+    It is read again in a fresh process, weights and logits compared, and once more in the runtime
+    itself where its environment is set up. DIR/export.json keeps checksums, figures and verdicts.
+    """
+    from bench.export import export as write
+    from bench.export import lines
+
+    report = write(store.find(existing(results), key), form, folder, model, timeout_s)
+    for line in lines(report, folder):
+        out.print(line, markup=False)
+    if not report["verified"]:
+        raise typer.Exit(1)
 
 
 @app.command("list")
 def list_all(debug: Debug = False) -> None:
-    """Methods with their settings, models, data and metrics that `run` knows."""
-    from bench import data, models
-    from bench.metrics import METRICS
-    from bench.run import METHOD_PACKAGES
-    from compress import registry
+    """Methods with their settings, models, data, metrics and formats, each in a line."""
+    from bench.catalogue import lines
 
-    registry.discover(*METHOD_PACKAGES)
-    out.print("Methods, with their settings and defaults")
-    for name in registry.names():
-        method = registry.get(name)
-        values = [f"{field.name}={getattr(method, field.name)!r}" for field in fields(method)]
-        out.print(f"  {name}: {first_line(type(method))}", markup=False)
-        out.print(f"      {', '.join(values) or 'no settings'}", markup=False)
-    out.print("\nModels (or a hub id, a folder, a GGUF file)")
-    for alias in models.ALIASES:
-        out.print(f"  {alias}: {models.about(alias)}", markup=False)
-    out.print("\nData (or a .txt, .jsonl, .jsonl.gz file)")
-    for name, about in data.names().items():
-        out.print(f"  {name}: {about}", markup=False)
-    out.print("\nMetrics")
-    for name, metric in METRICS.items():
-        out.print(f"  {name}: {first_line(metric)}", markup=False)
+    for line in lines():
+        out.print(line, markup=False)
 
 
 @app.command()
@@ -258,11 +278,6 @@ def existing(results: Path) -> Path:
     if not results.is_dir():
         raise UsageError(f"no folder of records at {results}; `run` makes one, --results names one")
     return results
-
-
-def first_line(thing: Any) -> str:
-    """The first line of the docstring of the file that `thing` is defined in."""
-    return (inspect.getdoc(sys.modules[thing.__module__]) or "").partition("\n")[0]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from bench import model_folder
 from bench.paths import cache_dir, made_once
+from compress.export import gguf_header
 
 log = logging.getLogger(__name__)
 
@@ -132,16 +133,7 @@ def _architecture(path: Path) -> str:
     Raises ValueError (one line naming the file) for a file that is not a GGUF, is cut short, or
     holds another kind of model.
     """
-    from gguf import GGUFReader
-
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"{path} is not a GGUF file; give one, or a folder with safetensors")
-    try:
-        architecture = GGUFReader(path).fields["general.architecture"].contents()
-    except Exception as error:  # the reader indexes into what it trusts: any type may come
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is a corrupt or truncated GGUF file ({reason})") from error
+    architecture = gguf_header.parse(path).metadata.get("general.architecture")
     if architecture not in ("llama", "gpt2"):
         raise ValueError(f"{path} holds a {architecture!r} model; give a llama or gpt2 one")
     return architecture
@@ -149,7 +141,6 @@ def _architecture(path: Path) -> str:
 
 def _convert(gguf: Path, sha256: str, folder: Path) -> None:
     """Write `gguf` to `folder` in float32, its tokenizer included."""
-    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     log.info("converting %s to safetensors, once", gguf.name)
@@ -161,8 +152,7 @@ def _convert(gguf: Path, sha256: str, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=True)
         # llama.cpp splits the text of SmolLM models at every digit; transformers forgets to, which
         # shows where two spaces or newlines come before a number.
-        splitter = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
-        if splitter is not None and splitter.contents() == "smollm":
+        if gguf_header.parse(gguf).metadata.get("tokenizer.ggml.pre") == "smollm":
             _split_digits(tokenizer)
     except Exception as error:  # transformers raises many types for a file that makes no sense
         reason = str(error).strip().partition("\n")[0]

@@ -55,7 +55,12 @@ class Task:
     @property
     def artefact(self) -> Path:
         """The folder of the compressed model. Costs are in it, so it belongs to one machine."""
-        return cache_dir() / "artefacts" / machine()["name"] / self.job.compress_key()
+        return artefact_folder(machine()["name"], self.job.compress_key())
+
+
+def artefact_folder(machine_name: str, compress_key: str) -> Path:
+    """Where the artefact of a record is, or was: the cache may have been emptied since."""
+    return cache_dir() / "artefacts" / machine_name / compress_key
 
 
 def launch(

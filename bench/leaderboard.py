@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 from collections.abc import Callable
 from datetime import datetime
 from itertools import groupby
@@ -84,7 +85,8 @@ def readable(record: Record) -> bool:
 def settings_text(job: dict[str, Any]) -> str:
     """Settings that differ from the method's defaults, and calibration that differs from ours."""
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in job["settings"].items()}
-    parts = [registry.describe(job["method"], settings).removeprefix(job["method"])[1:-1]]
+    text = registry.changed(job["method"], settings)
+    parts = [re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1", text)]  # a checksum's first digits do
     drawn = job["calibration"]
     if drawn and (drawn["data"], drawn["samples"], drawn["length"]) != (job["data"], 64, 512):
         parts.append(f"calibration={drawn['data']}:{drawn['samples']}x{drawn['length']}")

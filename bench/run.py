@@ -171,7 +171,9 @@ def chosen_methods(text: str, overrides: tuple[str, ...]) -> list[tuple[str, Any
                 known = ", ".join(sorted(settings))
                 raise UsageError(f"--set {override}: no method {name!r} in this run ({known})")
             settings[name][setting] = registry.read_value(value)
-        chosen = [(name, registry.get(name, **settings[name] | own)) for name, own in wanted]
+        chosen = [
+            (name, registry.get(name, **settings[name] | own).pinned()) for name, own in wanted
+        ]
         return [(PARENT, registry.get(PARENT)), *chosen]
     except (registry.UnknownName, UsageError):
         raise
@@ -180,11 +182,11 @@ def chosen_methods(text: str, overrides: tuple[str, ...]) -> list[tuple[str, Any
 
 
 def group(name: str, own: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Every method of a group of GROUPS with its defaults, the parent left out."""
+    """Every method of a group of GROUPS with its defaults, but the parent and `file:PATH`."""
     if own:
         raise UsageError(f"{name!r} stands for many methods and takes no settings; name them")
     package = f"{GROUPS[name]}."
-    found = [each for each in registry.names() if each != PARENT]
+    found = [each for each in registry.names() if each not in (PARENT, registry.FILE)]
     return [(each, {}) for each in found if type(registry.get(each)).__module__.startswith(package)]
 
 
@@ -248,10 +250,17 @@ def environment(env: str | None) -> str:
 
 def code_of(method: Compressor) -> dict[str, str]:
     """Hashes of the source that makes the artefact of `method`, and that measures it."""
-    own = Path(str(sys.modules[type(method).__module__].__file__))
+    own = sources(method)
     bench = ROOT / "bench"
-    made_by = [own, bench / "models.py", bench / "data.py"]
+    made_by = [*own, bench / "models.py", bench / "data.py"]
     return {
         "compress": source_hash(made_by, alone=[bench / "worker.py", bench / "memory.py"]),
-        "measure": source_hash([own, bench / "worker.py"]),
+        "measure": source_hash([*own, bench / "worker.py"]),
     }
+
+
+def sources(method: Compressor) -> list[Path]:
+    """The file of `method`; and those of the formats, which no import names, if it reads them."""
+    reads = method.foreign and method.env is None
+    formats = sorted((ROOT / "compress" / "export").glob("*.py")) if reads else []
+    return [Path(str(sys.modules[type(method).__module__].__file__)), *formats]

@@ -110,7 +110,7 @@ def measure(box: Path, job: Job, task: dict[str, Any]) -> None:
         blocks=blocks,
         prompt_tokens=protocol["prompt_tokens"],
         new_tokens=protocol["new_tokens"],
-        made_from=model.folder if method.env else None,
+        made_from=model.folder if method.foreign else None,
     )
     values: dict[str, Any] = {"load_s": load_s}
     for name in job.metrics:

@@ -6,8 +6,10 @@
     small = compress.apply("gptq", model, calibration, bits=4)   # (samples, tokens) int64 ids
     compress.save(small, "path/to/small")
     again = compress.load("path/to/small")                       # same logits, bit for bit
+    compress.export(small, "path/to/gguf", format="gguf")        # for another runtime
 
 `names()` lists the methods, `get(name, **settings)` gives one as a value, `describe` its text.
+`compress.export.read`, imported as `from compress.export import read`, reads such files again.
 """
 
 from typing import Any
@@ -17,8 +19,12 @@ from torch import Tensor, nn
 from compress import registry
 from compress.base import Compressor, Progress, Runner, TorchRunner, generate, silent
 from compress.checkpoint import load, save
+
+# The function takes the name of its package here: `compress.export(...)` is the call that people
+# write, and `from compress.export import ...` finds the package all the same, in sys.modules.
+from compress.export import export
 from compress.layers import conv1d_to_linear
-from compress.registry import UnknownName, describe, get, names, parse, parse_list
+from compress.registry import UnknownName, describe, get, parse, parse_list
 
 __all__ = [
     "Compressor",
@@ -27,6 +33,7 @@ __all__ = [
     "UnknownName",
     "apply",
     "describe",
+    "export",
     "generate",
     "get",
     "load",
@@ -37,6 +44,11 @@ __all__ = [
 ]
 
 registry.discover("compress.methods")
+
+
+def names() -> list[str]:
+    """The methods that `apply` takes, sorted: all but those that read what others have made."""
+    return [name for name in registry.names() if not registry.get(name).foreign]
 
 
 def apply(
@@ -60,6 +72,8 @@ def apply(
     if twice := written.keys() & settings.keys():
         raise ValueError(f"setting {min(twice)!r} is given twice, in {name!r} and beside it")
     method = get(plain, **written, **settings)
+    if method.foreign:
+        raise ValueError(f"method {plain!r} does not compress a model; known: {', '.join(names())}")
     if method.needs_calibration and calibration is None:
         raise ValueError(f"method {plain!r} needs calibration: (samples, tokens) int64 token ids")
     # Compression is the end of training: no dropout, no gradients.

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,16 @@ class Compressor:
     needs_calibration: ClassVar[bool] = False
     env: ClassVar[str | None] = None  # None: this interpreter; else baselines/envs/<env>.txt
     timed: ClassVar[bool] = True  # False: `load` rebuilds plain weights, whose speed says nothing
+    foreign: ClassVar[bool] = False  # True: `save` leaves files that others define, not ours
     libraries: ClassVar[tuple[str, ...]] = ()  # whose versions belong into the record
+
+    def pinned(self) -> Self:
+        """The method with its settings complete, once what they name has been looked at.
+
+        Called before a job is planned. A method that reads a file of its own puts the file's
+        checksum into a setting here. Raises ValueError if a setting names nothing usable.
+        """
+        return self
 
     def read(self, folder: Path) -> Any:
         """A plain model folder as what `compress` takes; not part of what compression costs."""

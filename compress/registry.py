@@ -1,7 +1,8 @@
 """The one registry: method name -> Compressor value. Own methods and peers share it.
 
 A method is written `name(setting=value, ...)` wherever a person names one: the command
-line, the leaderboard, a record. `parse` reads that form and `describe` writes it.
+line, the leaderboard, a record. `parse` reads that form and `describe` writes it. One method is
+named by what it reads as well: `file:PATH`.
 """
 
 import ast
@@ -14,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 from compress.base import Compressor
 
+FILE = "file"  # the method that reads a file: `file:PATH` is `file(path=PATH)`
 _METHODS: dict[str, Compressor] = {}
 
 
@@ -62,9 +64,13 @@ def get(name: str, **settings: Any) -> Compressor:
 def parse(text: str) -> tuple[str, dict[str, Any]]:
     """Read one method: "gptq(bits=3, symmetric=true)" -> ("gptq", {"bits": 3, "symmetric": True}).
 
-    Values are Python or JSON literals; a bare word is a string. Raises ValueError on bad syntax;
-    whether the name and settings exist is `get`'s business.
+    Values are Python or JSON literals; a bare word is a string. "file:PATH" is file(path=PATH),
+    whatever PATH holds; quotes around it are dropped. Raises ValueError on bad syntax; whether the
+    name and settings exist is `get`'s business.
     """
+    prefix, colon, path = text.strip().partition(":")
+    if prefix == FILE and colon:
+        return FILE, {"path": _unquoted(path.strip())}
     match = re.fullmatch(r"\s*([\w:.-]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
     if not match:
         if "+" in text:
@@ -90,14 +96,21 @@ def parse_list(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 def describe(name: str, settings: dict[str, Any]) -> str:
     """The shortest text that `parse` and `get` read back: settings that differ from the default."""
+    if name == FILE and settings.get("path"):
+        return f"{FILE}:{_quoted(settings['path'])}"
+    inside = changed(name, settings)
+    return f"{name}({inside})" if inside else name
+
+
+def changed(name: str, settings: dict[str, Any]) -> str:
+    """Those of `settings` that differ from the method's defaults, as `setting=value,...`."""
     default = _METHODS.get(name)
     shown = {
         key: value
         for key, value in settings.items()
         if default is None or getattr(default, key, None) != value
     }
-    inside = ",".join(f"{key}={_write(value)}" for key, value in shown.items())
-    return f"{name}({inside})" if inside else name
+    return ",".join(f"{key}={_write(value)}" for key, value in shown.items())
 
 
 def read_value(text: str) -> Any:
@@ -138,6 +151,18 @@ def did_you_mean(name: str, known: Any) -> str:
     """The ending of an error message: the nearest of `known`, or all of them."""
     close = difflib.get_close_matches(name, list(known), n=3)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _unquoted(text: str) -> str:
+    """`text` without the quotes that it stands in."""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
+
+
+def _quoted(path: str) -> str:
+    """`path` as a list of methods takes it: in quotes where a comma or bracket would end it."""
+    if not set(path) & set(",()[]\"'"):
+        return path
+    return f"'{path}'" if "'" not in path else f'"{path}"'
 
 
 def _write(value: Any) -> str:

@@ -10,7 +10,6 @@ https://github.com/abetlen/llama-cpp-python
 """
 
 import ctypes
-import json
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -23,11 +22,15 @@ from torch import Tensor
 
 from baselines.peer import Peer, WholeLogits
 from compress.base import Progress, Runner, silent
+from compress.export import gguf_header
+from compress.export.gguf_header import NewTensor
+from compress.export.gguf_model import interleaved, metadata_of, tensor_names, turning_heads
 from compress.layers import is_tied
-from compress.model_files import IGNORED
+from compress.model_files import CONFIG, read_json, read_tensors
 from compress.registry import register
 
 MODEL = "model.gguf"
+CONV1D = ("c_attn.weight", "c_fc.weight", "c_proj.weight")  # (in, out) in GPT-2's files
 KINDS = ("f16", "q8_0", "q4_0", "q4_k_m")
 
 
@@ -159,88 +162,29 @@ def to_gguf(folder: Path, file: Path) -> None:
 
     Raises ValueError for another model type.
     """
-    import gguf
-    from safetensors import safe_open
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / CONFIG)
+    metadata = metadata_of(config) | {"tokenizer.ggml.model": "no_vocab"}
     kind = config["model_type"]
-    architectures = {"llama": gguf.MODEL_ARCH.LLAMA, "gpt2": gguf.MODEL_ARCH.GPT2}
-    if kind not in architectures:
-        raise ValueError(f"{folder}: no conversion of {kind!r} to GGUF here")
-    writer = gguf.GGUFWriter(file, kind)
-    heads = _describe(writer, config)
-    blocks = config.get("num_hidden_layers") or config["n_layer"]
-    names = gguf.get_tensor_name_map(architectures[kind], blocks)
-    for source in sorted(folder.glob("*.safetensors")):
-        with safe_open(source, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                tied = is_tied(config) and name == "lm_head.weight"
-                if tied or name.endswith(IGNORED):
-                    continue
-                tensor = tensors.get_tensor(name).float()
-                if kind == "gpt2" and name.endswith(
-                    ("c_attn.weight", "c_fc.weight", "c_proj.weight")
-                ):
-                    tensor = tensor.T.contiguous()
-                for part, count in zip(("q_proj", "k_proj"), heads, strict=False):
-                    if f".{part}." in name:
-                        tensor = interleaved(tensor, count)
-                full = name if kind == "llama" or "." not in name else _prefixed(name)
-                new = names.get_name(full, try_suffixes=(".weight", ".bias"))
-                if new is None:
-                    raise ValueError(f"{source}: no place in GGUF for {name}")
-                data = tensor.half() if tensor.dim() > 1 else tensor
-                writer.add_tensor(new, data.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tensors = read_tensors(folder, {"llama": "model", "gpt2": "transformer"}[kind])
+    if is_tied(config):
+        tensors.pop("lm_head.weight", None)
+    names = tensor_names(kind, metadata[f"{kind}.block_count"], list(tensors))
+    written = [_rounded(name, names[name], tensor, config) for name, tensor in tensors.items()]
+    gguf_header.write(file, metadata, written)
 
 
-def _describe(writer: Any, config: dict[str, Any]) -> tuple[int, ...]:
-    """Write the sizes; (query heads, key-value heads) where rotary halves have to be turned."""
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_vocab_size(config["vocab_size"])
-    if config["model_type"] == "gpt2":
-        writer.add_block_count(config["n_layer"])
-        writer.add_context_length(config["n_positions"])
-        writer.add_embedding_length(config["n_embd"])
-        writer.add_feed_forward_length(config.get("n_inner") or 4 * config["n_embd"])
-        writer.add_head_count(config["n_head"])
-        writer.add_layer_norm_eps(config["layer_norm_epsilon"])
-        return ()
-    heads = config["num_attention_heads"]
-    shared = config.get("num_key_value_heads") or heads
-    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rotary.get("rope_type", "default") != "default":
-        raise ValueError(f"no conversion of rope_type {rotary['rope_type']!r} to GGUF here")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(shared)
-    width = config.get("head_dim") or config["hidden_size"] // heads
-    writer.add_rope_dimension_count(width)
-    writer.add_key_length(width)
-    writer.add_value_length(width)
-    writer.add_rope_freq_base(rotary.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    return heads, shared
+def _rounded(name: str, new: str, tensor: Tensor, config: dict[str, Any]) -> NewTensor:
+    """The tensor `name` of config.json's model, called `new` in the file."""
+    kind, dtype = ("F16", torch.float16) if tensor.dim() > 1 else ("F32", torch.float32)
+    if config["model_type"] == "gpt2" and name.endswith(CONV1D):
+        tensor = tensor.T
+    heads = turning_heads(config, name)
 
+    def make() -> Tensor:
+        rows = interleaved(tensor, heads) if heads else tensor.contiguous()
+        return rows.to(dtype).view(torch.uint8)
 
-def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """A query or key projection in llama.cpp's order of rows: rotary pairs side by side.
-
-    weight: (heads * width, ...), in transformers' order, where channel c turns with c + width / 2.
-    """
-    rows = weight.reshape(heads, 2, len(weight) // heads // 2, -1)
-    return rows.transpose(1, 2).reshape(weight.shape).contiguous()
-
-
-def _prefixed(name: str) -> str:
-    """GPT-2's hub files leave "transformer." out."""
-    return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+    return NewTensor(new, kind, tuple(tensor.shape), make)
 
 
 register("llama_cpp:f16", LlamaCpp(kind="f16"))

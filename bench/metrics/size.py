@@ -2,8 +2,8 @@
 
 Everything is read from the files: the headers of the safetensors and compression.json. Bits of
 a quantized weight count its codes, scales, zeros and orders; bits over all weights count every
-tensor, so that embeddings and norms in floating point are not forgotten. Of another library's
-format only the size of its files is known, and what they stand for: the parent's weights.
+tensor, so that embeddings and norms in floating point are not forgotten. Of a format that is not
+ours only the size of its tensors is known, and what they stand for: the parent's weights.
 """
 
 import math
@@ -14,13 +14,14 @@ from safetensors import safe_open
 
 from bench.metrics.subject import Progress, Subject
 from compress.checkpoint import layer_specs
+from compress.export import gguf_header
 from compress.layers import is_tied
 from compress.model_files import IGNORED, read_json, weight_files
 
 FOREIGN = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx_data")  # files of weights
-NOT_OF_THE_MODEL = (  # some libraries copy the tokenizer; our artefacts hold none
+NOT_OF_THE_MODEL = (  # tokenizers, which our artefacts do not hold, and the report of an export
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "export.json"),
 )
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 
@@ -77,11 +78,12 @@ def size(subject: Subject, progress: Progress) -> dict[str, Any]:
 
 
 def foreign(folder: Path, parent: Path) -> dict[str, Any]:
-    """What can be said of an artefact in another library's format; see size.
+    """What can be said of an artefact in a format that is not ours; see size.
 
-    tensor_bytes are those of whole files. Raises ValueError if none of them holds weights.
+    tensor_bytes: without headers and the tokenizer that a GGUF file may hold; of ONNX, whole files.
+    Raises ValueError if no file holds weights.
     """
-    tensor_bytes = sum(file.stat().st_size for kind in FOREIGN for file in folder.rglob(kind))
+    tensor_bytes = sum(payload(file) for kind in FOREIGN for file in folder.rglob(kind))
     if not tensor_bytes:
         raise ValueError(f"{folder} holds no file of weights: none of {', '.join(FOREIGN)}")
     tied = is_tied(read_json(parent / "config.json"))
@@ -99,6 +101,20 @@ def foreign(folder: Path, parent: Path) -> dict[str, Any]:
         "left_alone": {},
         "kept_by_setting": [],
     }
+
+
+def payload(file: Path) -> int:
+    """Bytes of the tensors in a file of weights. Raises ValueError if it is malformed."""
+    if file.suffix == ".gguf":
+        return sum(place.size for place in gguf_header.parse(file).tensors.values())
+    total = file.stat().st_size
+    if file.suffix != ".safetensors":
+        return total
+    with file.open("rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+    if header + 8 > total:
+        raise ValueError(f"{file} is not a safetensors file, or cut short")
+    return total - 8 - header
 
 
 def headers(folder: Path) -> dict[str, tuple[list[int], int]]:

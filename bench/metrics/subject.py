@@ -17,8 +17,8 @@ class Subject:
     """One saved artefact, loaded, and how to measure it.
 
     artefact: the folder as the method saved it. blocks: evaluation tokens. prompt_tokens,
-    new_tokens: lengths for latency. made_from: the model's folder, where the artefact is in another
-    library's format.
+    new_tokens: lengths for latency. made_from: the model's folder, where the artefact's format is
+    not ours.
     """
 
     runner: Runner

@@ -44,7 +44,7 @@ def test_a_peer_names_its_library_and_its_environment(name):
     peer = PEERS[name]
     library, _, method = name.partition(":")
     assert library == type(peer).__module__.rpartition(".")[2] and method
-    assert peer.env in environments.names()
+    assert peer.env in environments.names() and peer.foreign
     wanted = environments.requirements(environments.get(peer.env).file)
     pinned = {line.partition("==")[0].lower().replace("_", "-") for line in wanted}
     assert peer.libraries and {each.lower() for each in peer.libraries} <= pinned

@@ -1,6 +1,7 @@
 """The command line as a person meets it: exit codes, one-line errors, Ctrl-C, kill -9, reruns."""
 
 import csv
+import hashlib
 import io
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import compress
 from bench import cli, run
 from results import store
 
@@ -59,6 +61,10 @@ WRONG = {
     "results": (["leaderboard", "--results", "no/where"], "no folder of records at no/where"),
     "format": (["leaderboard", "--format", "xls"], "no format 'xls'; known: md, csv, json"),
     "key": (["show", "ffff", "--results", "."], "no record 'ffff' in ."),
+    "export of": (
+        ["export", "ffff", "--format", "gguf", "--out", "x", "--results", "."],
+        "no record 'ffff' in .",
+    ),
 }
 
 
@@ -137,6 +143,25 @@ def test_run_show_and_leaderboard(bench, planted, tmp_path):
     assert code == 0 and [row["status"] for row in rows] == ["ok", "ok", "failed"]
     code, out, _ = bench("leaderboard", "--results", results)
     assert out == (results / "LEADERBOARD.md").read_text() and "| planted |" in out
+
+
+def test_what_others_have_made_stands_in_the_same_table(bench, tiny_llama, tmp_path, monkeypatch):
+    """A GGUF file of the parent's own numbers scores what the parent scores."""
+    monkeypatch.chdir(tmp_path)
+    compress.export(compress.load(tiny_llama), "their own", format="gguf", tokenizer=tiny_llama)
+    methods = "file:their own/model.gguf,file:their own"
+    code, out, err = bench("run", *FAST, "--methods", methods, "--results", "results")
+    assert (code, err) == (0, "")
+    records = {record["key"]: record for record in store.load_all(Path("results"))}
+    parent, *files = sorted(records.values(), key=lambda record: record["job"]["method"] != "none")
+    assert len(files) == 2
+    for record in files:
+        assert record["job"]["settings"]["format"] == "gguf"
+        values = record["values"]
+        assert values["perplexity"] == pytest.approx(parent["values"]["perplexity"], rel=1e-6)
+        assert values["bits_per_weight"] == 32 and values["weights"] == parent["values"]["weights"]
+    sha256 = hashlib.sha256(Path("their own/model.gguf").read_bytes()).hexdigest()
+    assert f"file(path=their own/model.gguf,sha256={sha256[:8]},format=gguf)  ok  perp" in out
 
 
 def test_several_models_stand_in_one_leaderboard(bench, tiny_gpt2, tmp_path):
@@ -231,6 +256,8 @@ def test_list_names_everything(bench):
         "tiny-llama: random weights",
         "wikitext2: ",
         "perplexity: ",
+        "gguf: Llama and GPT-2",
+        "file: What others have made",
     ):
         assert part in out
 
@@ -252,9 +279,11 @@ def test_doctor_says_what_is_here(bench, tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["artefacts"]  # looks, touches nothing
 
 
-@pytest.mark.parametrize("command", ["run", "list", "leaderboard", "show", "doctor"])
+@pytest.mark.parametrize("command", ["run", "export", "list", "leaderboard", "show", "doctor"])
 def test_help_teaches(bench, command):
     code, out, _ = bench(command, "--help")
     assert code == 0 and "--debug" in out
     if command == "run":
-        assert "rtn(bits=4,group_size=32)" in out
+        assert "rtn(bits=4,group_size=32)" in out and "file:theirs/model.Q4_0.gguf" in out
+    if command == "export":
+        assert "--format gguf --out small-gguf" in out and "export.json" in out

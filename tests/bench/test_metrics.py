@@ -7,15 +7,18 @@ import math
 import os
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import compress
 from bench.data import Blocks
 from bench.metrics.latency import MOST, REPEATS, latency
 from bench.metrics.perplexity import BATCH_TOKENS, CHUNK_TOKENS, perplexity, token_nll
-from bench.metrics.size import size
+from bench.metrics.size import payload, size
 from bench.metrics.subject import Subject
 from compress.base import TorchRunner
 
@@ -370,9 +373,10 @@ def test_what_was_left_alone_by_role(sized):
 
 
 def test_another_librarys_files_count_against_the_parents_weights(tmp_path, tiny_llama, tiny_gpt2):
-    (tmp_path / "model.gguf").write_bytes(b"x" * 1000)
+    (tmp_path / "model.onnx").write_bytes(b"x" * 1000)
     (tmp_path / "config.json").write_bytes(b"{}")
-    (tmp_path / "tokenizer.json").write_bytes(b"x" * 5000)
+    for name in ("tokenizer.json", "export.json"):
+        (tmp_path / name).write_bytes(b"x" * 5000)
     weights = {
         tiny_llama: LLAMA_LINEAR + 2 * 257 * 64 + LLAMA_NORM,
         tiny_gpt2: GPT2_LINEAR + GPT2_NORM + GPT2_BIAS + GPT2_EMBEDDING,  # its head is tied
@@ -382,9 +386,26 @@ def test_another_librarys_files_count_against_the_parents_weights(tmp_path, tiny
         assert values["size_bytes"] == 1002, "the tokenizer is no part of the model"
         assert (values["tensor_bytes"], values["weights"]) == (1000, count)
         assert values["bits_per_weight"] == 8000 / count
-    (tmp_path / "model.gguf").rename(tmp_path / "model.bin")
+    (tmp_path / "model.onnx").rename(tmp_path / "model.bin")
     with pytest.raises(ValueError, match="holds no file of weights"):
         size(replace(subject(artefact=tmp_path), made_from=tiny_llama), quiet)
+
+
+def test_of_another_librarys_file_the_tensors_count_and_no_header(tmp_path):
+    writer = GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_token_list(["a long word"] * 500)  # a tokenizer is no part of the weights
+    writer.add_tensor("a", np.zeros((10, 25), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    save_file({"a": torch.zeros(7, dtype=torch.float16)}, tmp_path / "b.safetensors")
+    (tmp_path / "c.safetensors").write_bytes(b"x" * 100)
+    assert (tmp_path / "a.gguf").stat().st_size > 5000 + 1000
+    assert payload(tmp_path / "a.gguf") == 1000
+    assert payload(tmp_path / "b.safetensors") == 14
+    with pytest.raises(ValueError, match=r"c\.safetensors is not a safetensors file"):
+        payload(tmp_path / "c.safetensors")
 
 
 @pytest.mark.parametrize("method, bits", [("none", 32), ("cast", 16), ("cast(dtype=float16)", 16)])

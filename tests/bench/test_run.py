@@ -1,16 +1,19 @@
 """plan: what is refused before any process starts. run: what is done, cached, retried."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
 
 import pytest
 
+import compress
 from bench import data, run
 from bench.data import UnknownData
 from bench.errors import UsageError
 from bench.machine import machine
 from bench.models import UnknownModel
+from compress import registry
 from compress.registry import UnknownName
 from results import store
 
@@ -89,6 +92,9 @@ REFUSED = {
     "unknown model": ({"model": "tiny-lama"}, UnknownModel, "did you mean tiny-llama"),
     "unknown data": ({"data": "sampel"}, UnknownData, "did you mean sample"),
     "no such file": ({"calibration": "./no.txt"}, UnknownData, "'./no.txt' does not exist"),
+    "no path": ({"methods": "file"}, UsageError, "file needs a path: file:PATH"),
+    "nothing there": ({"methods": "file:no/x.gguf"}, UsageError, "no/x.gguf: no such file or fold"),
+    "not a model": ({"methods": f"file:{__file__}"}, UsageError, "is in none of the formats"),
     "long window": ({"window": 4096}, UsageError, "--window 4096: tiny-llama reads at most 2048"),
     "long samples": (
         {"methods": "gptq", "length": 4096},
@@ -105,6 +111,30 @@ def test_refuses_before_any_process_starts(case, monkeypatch):
     with pytest.raises(kind, match=message.replace("(", r"\(")) as caught:
         run.plan(replace(FAST, **change))
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_changes_is_another_job(tiny_llama, tmp_path):
+    """And so is the code that reads formats, which no import statement of the method names."""
+    path = tmp_path / "theirs" / "model.gguf"
+    compress.export(compress.load(tiny_llama), path.parent, format="gguf", tokenizer=tiny_llama)
+    request = replace(FAST, methods=f"file:{path},cast")
+    _, first, cast = (task.job for task in run.plan(request))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert first.settings == {"path": str(path), "sha256": sha256, "format": "gguf"}
+    with path.open("ab") as file:
+        file.write(bytes(32))
+    second = run.plan(request)[1].job
+    assert second.settings["sha256"] != sha256
+    assert second.key() != first.key() and second.compress_key() != first.compress_key()
+    assert first.code["measure"] != cast.code["measure"]
+    formats = [file.name for file in run.sources(registry.get("file"))]
+    assert "gguf.py" in formats and "file.py" in formats
+    assert [file.name for file in run.sources(registry.get("cast"))] == ["cast.py"]
+
+
+def test_ours_are_methods_that_need_no_path():
+    named = [task.job.method for task in run.plan(replace(FAST, methods="ours", length=32))]
+    assert sorted(named) == compress.names() and "file" not in named
 
 
 def test_samples_are_nobodys_business_where_nothing_is_calibrated():
