@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.dtypes import DTYPES, dtype_of
 from compress.export.quantized_folder import SETTINGS, is_exact
 from compress.layers import FAMILIES
 from compress.model_files import (
@@ -26,7 +27,7 @@ from compress.model_files import (
     skeleton,
     weight_files,
 )
-from compress.quant_linear import DTYPES, QuantLinear, dtype_of
+from compress.quant_linear import QuantLinear
 
 FLOATS = tuple(DTYPES.values())
 LABELS = ("num_labels", "id2label", "label2id")  # of classifiers; any number makes as long a list
