@@ -178,7 +178,7 @@ class QuantLinear(nn.Module):
     def look_into(self, joined: "QuantLinear", start: int) -> None:
         """Hold no codes any more but rows `start` and following of `joined`, which has the same."""
         rows = slice(start, start + self.out_features)
-        self.codes = joined.codes[rows]
+        self.codes, self.int4 = joined.codes[rows], None
         if joined.int4 is not None:
             size, grid, shift = joined.int4
             self.int4 = size, grid[:, rows], None if shift is None else shift[:, rows]

@@ -112,9 +112,14 @@ def test_agrees_with_cross_entropy_of_the_full_logits(method, dtype, within, fam
     runner, ids, seen = TorchRunner(model), random_ids(5, 200, top=256), []
     full = runner.logits(ids)[:, :-1].double()
     expected = F.cross_entropy(full.transpose(1, 2), ids[:, 1:], reduction="none").sum(1)
-    head = model.get_output_embeddings()
-    head.register_forward_hook(lambda layer, inputs, output: seen.append(output))
+    decoder = runner.decoder
+    assert decoder is not None
 
+    def head(hidden):
+        seen.append(decoder.head(hidden))
+        return seen[-1]
+
+    runner.decoder = replace(decoder, head=head)
     values = perplexity(subject(runner, ids), quiet)
     assert values["block_nll_nats"] == pytest.approx(expected.tolist(), rel=within)
     mean = expected.sum().item() / (5 * 199)

@@ -85,6 +85,16 @@ def test_joined_layers_stay_in_the_model_as_views(model, name):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_a_second_runner_in_another_type_joins_anew(model):
+    compressed = compress.apply("rtn(group_size=32)", model)  # bfloat16: int4 codes laid out anew
+    ids = ids_of(1, 20)
+    TorchRunner(compressed).logits(ids)
+    wide = compressed.float()
+    expected = whole(wide, ids)
+    assert relative(TorchRunner(wide).logits(ids), expected) < 3e-6
+    assert relative(whole(wide, ids), expected) < 3e-6
+
+
 def test_no_code_is_held_twice(tiny_llama):
     compressed = compress.apply("rtn(group_size=32)", checkpoint.load(tiny_llama))
     TorchRunner(compressed)
