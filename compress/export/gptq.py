@@ -7,8 +7,9 @@ layers are stored in the same layout. In act-order (desc_act) neighbours of a gr
 neighbours in the matrix: inputs stay in their own order and g_idx says whose they are.
 
 Version 1, `checkpoint_format` gptq, stores zero - 1. That has no room for a zero of 0: what is
-stored wraps to all ones, which readers take for 2^bits or let carry into the next zero. A model
-with such a zero is written as gptq_v2, zeros as they are, and read only where v2 is known.
+stored wraps to all ones, which readers take for 2^bits, for 0, or let carry into the next zero;
+gptqmodel refuses asymmetric codes in it altogether. So symmetric models are written as version 1,
+which every reader knows, and asymmetric ones as gptq_v2, which stores zeros as they are.
 
 Source: https://github.com/AutoGPTQ/AutoGPTQ, auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py and
 https://github.com/ModelCloud/GPTQModel (gptq_v2)
@@ -54,16 +55,15 @@ def _refusal_of_layer(layer: QuantLinear) -> str | None:
 def write(model: Any, folder: Path, tokenizer: Path | None) -> None:
     """Fill an empty `folder`; see compress.export."""
     layers = our_layers(model)
-    zeros = {name: codes_and_zero(layer)[1] for name, layer in layers.items()}
-    version = V1 if all(zero.all() for zero in zeros.values()) else V2
-    tensors = {name: _tensors(layer, version) for name, layer in layers.items()}
+    symmetric = all(layer.zero is None for layer in layers.values())
+    tensors = {name: _tensors(layer, symmetric) for name, layer in layers.items()}
     plain = quantized_folder.plain_linears(model)
     settings: dict[str, Any] = {
         "quant_method": NAME,
-        "checkpoint_format": version,
+        "checkpoint_format": V1 if symmetric else V2,
         "bits": next(iter(layers.values())).bits,
         "group_size": quantized_folder.group_size_of(layers),
-        "sym": all(layer.zero is None for layer in layers.values()),
+        "sym": symmetric,
         "desc_act": any(layer.order is not None for layer in layers.values()),
         "lm_head": "lm_head" in layers,
         "pack_dtype": "int32",
@@ -75,7 +75,7 @@ def write(model: Any, folder: Path, tokenizer: Path | None) -> None:
     quantized_folder.write_json(folder / SETTINGS_FILE, settings)
 
 
-def _tensors(layer: QuantLinear, version: str) -> dict[str, Tensor | None]:
+def _tensors(layer: QuantLinear, minus_one: bool) -> dict[str, Tensor | None]:
     codes, zero = codes_and_zero(layer)
     group = torch.arange(layer.in_features, dtype=torch.int32) // layer.group_size
     if layer.order is not None:
@@ -83,7 +83,7 @@ def _tensors(layer: QuantLinear, version: str) -> dict[str, Tensor | None]:
         codes, group = codes[:, back], group[back]
     return {
         "qweight": to_words(codes, layer.bits).T,
-        "qzeros": to_words(zero.T - int(version == V1), layer.bits),
+        "qzeros": to_words(zero.T - int(minus_one), layer.bits),
         "scales": _half(layer).T,
         "g_idx": group,
         "bias": layer.bias,
@@ -108,14 +108,20 @@ def read(path: Path) -> Any:
     version = settings.choice("checkpoint_format", (V1, V2), settings.values.get("format") or V1)
     bits, size = settings.choice("bits", BITS), settings.group_size()
     settings.choice("desc_act", (True, False), False)
-    settings.choice("sym", (True, False), True)
+    symmetric = settings.choice("sym", (True, False), True)
     settings.choice("pack_dtype", ("int32",), "int32")
     settings.refuse("is_marlin_format", "adapter", "rotation")
     if any(not rule.startswith("-:") for rule in settings.object("dynamic").values):
         raise ValueError(f"{settings.where}: dynamic: grids of single layers are not supported")
-    return read_folder.read(
-        path, config, "qweight", lambda parts: _layer(parts, bits, size, version == V1)
-    )
+
+    def layer(parts: Parts) -> QuantLinear:
+        made = _layer(parts, bits, size, version == V1)
+        # Files of version 2 that say 1 are about; their zeros are off by one.
+        if symmetric and made.zero is not None:
+            raise ValueError(f"{parts.where}.qzeros are not {2 ** (bits - 1)}, which sym means")
+        return made
+
+    return read_folder.read(path, config, "qweight", layer)
 
 
 def _layer(parts: Parts, bits: int, size: int, minus_one: bool) -> QuantLinear:
