@@ -59,10 +59,11 @@ def main() -> None:
                 if turn:
                     samples[name].append(found)
             print(f"round {turn} of {options.rounds}", file=sys.stderr)
+            if turn:
+                show(samples)  # after every round: nothing is lost if it is stopped
         for process in rows.values():
             process.stdin.close()
             process.wait()
-    show(samples)
 
 
 def start(method: str, folder: Path, options: argparse.Namespace) -> Any:
