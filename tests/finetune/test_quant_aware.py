@@ -51,7 +51,8 @@ def test_packing_a_trained_model_loses_nothing(request, tmp_path, family, method
     compress.save(small, tmp_path / "small")
     loaded = compress.load(tmp_path / "small")
     with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, logits)
+        # The weights are equal, see below; layers of codes add up in another order.
+        torch.testing.assert_close(loaded(ids).logits, logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["rtn(bits=4)", "int8_sym", "int8_sym(dtype=float32)"])
