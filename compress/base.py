@@ -141,7 +141,7 @@ class TorchRunner:
         """See Runner."""
         if self.decoder:
             cache = self.decoder.cache(len(ids))
-            return self.decoder.head(self.decoder.forward(ids, cache)[:, -1]), cache
+            return self.decode(ids, cache), cache
         out = self.model(ids, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1], out.past_key_values
 

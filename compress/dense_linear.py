@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.kernel_choice import FEW_ROWS, choose
+from compress.kernel_choice import kernel_for
 from compress.kernels import FOR_FLOATS, Kernel, matmul_nt
 
 
@@ -17,6 +17,7 @@ class DenseLinear:
 
     kind, bits, group_size = "dense", 0, -1
     order = offset = zero = int4 = None
+    candidates = FOR_FLOATS
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         self.codes = self.scale = weight.detach()
@@ -28,21 +29,14 @@ class DenseLinear:
         """See QuantLinear."""
         return matmul_nt(x, self.codes[start:stop].to(x.dtype))
 
-    def kernel_for(self, rows: int, dtype: torch.dtype) -> Kernel:
-        """See QuantLinear."""
-        if dtype not in self.chosen:
-            self.chosen[dtype] = choose(self, dtype, FOR_FLOATS)
-        few, many = self.chosen[dtype]
-        return few if rows < FEW_ROWS else many
-
     def kernel(self, rows: int, dtype: torch.dtype) -> str:
         """See QuantLinear."""
-        return f"{self.kernel_for(rows, dtype).name} {str(dtype).removeprefix('torch.')}"
+        return f"{kernel_for(self, rows, dtype).name} {str(dtype).removeprefix('torch.')}"
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the type of x."""
         rows = x.numel() // self.in_features
-        kernel = self.kernel_for(rows, x.dtype)
+        kernel = kernel_for(self, rows, x.dtype)
         if kernel.name == "linear":
             return F.linear(x, self.codes, self.bias)
         y = kernel.multiply(self, x.reshape(-1, self.in_features))

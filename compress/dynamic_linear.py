@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.dtypes import dtype_of, whole
+from compress.kernel_choice import kernel_for
 from compress.kernels import FOR_INTEGERS
 from compress.quant_linear import QuantLinear
 
@@ -40,7 +41,7 @@ class Int8DynamicLinear(QuantLinear):
         """(..., in) -> (..., out) in the type of x."""
         flat = x.reshape(-1, self.in_features)
         steps, scale = quantized_token(flat) if len(flat) == 1 else quantized_tokens(flat)
-        y = self.kernel_for(len(flat), x.dtype).multiply(self, steps.to(x.dtype))
+        y = kernel_for(self, len(flat), x.dtype).multiply(self, steps.to(x.dtype))
         y = (y * scale).to(x.dtype)
         if self.bias is not None:
             y += self.bias.to(x.dtype)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from compress.dense_linear import DenseLinear
 from compress.int4_layout import BLOCK
+from compress.kernel_choice import kernel_for
 from compress.quant_linear import QuantLinear
 
 GRID = ("bits", "group_size", "in_features")
@@ -74,7 +75,7 @@ def _quantized(layers: list[QuantLinear], dtype: torch.dtype) -> QuantLinear | N
         first.in_features,
         offset=None if first.offset is None else offset,
     )
-    joined.kernel_for(1, dtype)  # may lay the codes out anew
+    kernel_for(joined, 1, dtype)  # may lay the codes out anew
     for layer, start in zip(layers, starts, strict=True):
         layer.look_into(joined, start)
     return joined

@@ -35,6 +35,17 @@ def cache_dir() -> Path:
     return Path(os.path.expanduser(chosen)).resolve()
 
 
+def kernel_for(layer: Any, rows: int, dtype: torch.dtype) -> "Kernel":
+    """What multiplies so many rows of type `dtype` by `layer`, out of its candidates.
+
+    Kept in `layer.chosen`; measured where it is new.
+    """
+    if dtype not in layer.chosen:
+        layer.chosen[dtype] = choose(layer, dtype, layer.candidates)
+    few, many = layer.chosen[dtype]
+    return few if rows < FEW_ROWS else many
+
+
 def choose(
     layer: Any, dtype: torch.dtype, candidates: "Sequence[Kernel]"
 ) -> "tuple[Kernel, Kernel]":

@@ -220,12 +220,20 @@ def onednn(layer: Any, x: Tensor) -> Tensor:
     low = x.amin(1, keepdim=True)
     codes = (x - low).to(torch.uint8)
     scale = layer.scale[:, 0].float()
-    packed = torch.ops.onednn.qlinear_prepack(layer.codes, list(x.shape))
-    none = torch.zeros(layer.out_features, dtype=torch.int32)
-    y = torch.ops.onednn.qlinear_pointwise(
-        *(codes, 1.0, 0, packed, scale, none, None, 1.0, 0, torch.float32, "none", [], "")
-    )
+    y = onednn_product(codes, layer.codes, scale)
     return y.add_(low.float() * (layer.row_sums().float() * scale))
+
+
+def onednn_product(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """codes (rows, in) uint8 times weight (out, in) int8, times scale (out,): (rows, out) float32.
+
+    Raises RuntimeError or AttributeError where torch was built without oneDNN.
+    """
+    packed = torch.ops.onednn.qlinear_prepack(weight, list(codes.shape))
+    zeros = torch.zeros(len(weight), dtype=torch.int32)
+    return torch.ops.onednn.qlinear_pointwise(
+        *(codes, 1.0, 0, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    )
 
 
 @cache
@@ -238,11 +246,7 @@ def onednn_is_exact() -> bool:
     try:
         x = torch.full((64, 64), 255, dtype=torch.uint8)
         weight = torch.full((64, 64), 127, dtype=torch.int8)
-        packed = torch.ops.onednn.qlinear_prepack(weight, [64, 64])
-        one, none = torch.ones(64), torch.zeros(64, dtype=torch.int32)
-        y = torch.ops.onednn.qlinear_pointwise(
-            *(x, 1.0, 0, packed, one, none, None, 1.0, 0, torch.float32, "none", [], "")
-        )
+        y = onednn_product(x, weight, torch.ones(64))
     except (RuntimeError, AttributeError):  # a torch built without it
         return False
     return bool((y == 255 * 127 * 64).all())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compress import int4_layout
 from compress.dtypes import dtype_of, whole
-from compress.kernel_choice import FEW_ROWS, choose
+from compress.kernel_choice import kernel_for
 from compress.kernels import FOR_WEIGHTS, Kernel, matmul_nt
 from compress.quant_math import BITS, pack, packed_bytes, unpack
 
@@ -157,10 +157,13 @@ class QuantLinear(nn.Module):
 
         Codes of 2 and 3 bits are raised, so that the middle is 8 for all.
         """
-        self.codes = int4_layout.pack(self.codes_and_zero()[0] + (8 - 2 ** (self.bits - 1)))
+        self.codes = int4_layout.pack(self.codes_and_zero()[0] + self._raise())
+
+    def _raise(self) -> int:
+        return 8 - 2 ** (self.bits - 1)
 
     def _raised(self) -> int:
-        return 0 if self.int4 is None else 8 - 2 ** (self.bits - 1)
+        return 0 if self.int4 is None else self._raise()
 
     def twin(self) -> Self:
         """Another layer over the same tensors, as it comes from a file."""
@@ -184,8 +187,8 @@ class QuantLinear(nn.Module):
             self.int4 = size, grid[:, rows], None if shift is None else shift[:, rows]
         self.int8, self.chosen = None, {}
 
-    def _pick(self, numbers: Tensor) -> "QuantLinear":
-        """The layer of some rows, (n,) int64, as it would come from a file."""
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Rows of the rebuilt weight, (n, in) for numbers (n,) int64, in the scale's type."""
         parts = (self.scale, self.zero, self.offset)
         one = len(self.scale) == 1
         scale, zero, offset = (x if x is None or one else x[numbers] for x in parts)
@@ -195,7 +198,8 @@ class QuantLinear(nn.Module):
             codes = pack(int4_layout.rows(self.codes, numbers) - self._raised(), self.bits)
         assert scale is not None
         size, columns, order = self.group_size, self.in_features, self.order
-        return QuantLinear(codes, scale, zero, None, self.bits, size, columns, order, offset)
+        picked = QuantLinear(codes, scale, zero, None, self.bits, size, columns, order, offset)
+        return picked.weight()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -209,10 +213,6 @@ class QuantLinear(nn.Module):
         """
         values = self._rebuilt(0, self.out_features, dtype or self.scale.dtype).T.contiguous()
         return values if self.order is None else values[:, torch.argsort(self.order)]
-
-    def rows(self, numbers: Tensor) -> Tensor:
-        """Rows of the rebuilt weight, (n, in) for numbers (n,) int64, in the scale's type."""
-        return self._pick(numbers).weight()
 
     def multiply_rows(self, x: Tensor, start: int, stop: int) -> Tensor:
         """x W^T for rows start to stop of W alone: (n, in) -> (n, stop - start).
@@ -264,21 +264,14 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the type of x."""
         flat = x.reshape(-1, self.in_features)
-        y = self.kernel_for(len(flat), x.dtype).multiply(self, flat)
+        y = kernel_for(self, len(flat), x.dtype).multiply(self, flat)
         if self.bias is not None:
             y += self.bias.to(x.dtype)
         return y.view(*x.shape[:-1], -1)
 
-    def kernel_for(self, rows: int, dtype: torch.dtype) -> Kernel:
-        """What multiplies so many rows of input of type `dtype`; measured where it is new."""
-        if dtype not in self.chosen:
-            self.chosen[dtype] = choose(self, dtype, self.candidates)
-        few, many = self.chosen[dtype]
-        return few if rows < FEW_ROWS else many
-
     def kernel(self, rows: int, dtype: torch.dtype) -> str:
         """Which arithmetic `forward` uses for so many input rows: a name for records."""
-        return self.kernel_for(rows, dtype).name
+        return kernel_for(self, rows, dtype).name
 
     def extra_repr(self) -> str:
         """Shown when a model is printed."""
