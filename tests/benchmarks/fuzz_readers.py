@@ -13,10 +13,12 @@ from pathlib import Path
 
 import compress
 from bench import models
-from compress import checkpoint, export
+from compress import checkpoint
+from compress.export import formats
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "compress"))
-from fuzzing import fuzz
+from fuzzing import fuzz, mutate
+from fuzzing_gguf import mutated
 
 METHOD = "rtn(group_size=32)"
 
@@ -24,7 +26,7 @@ METHOD = "rtn(group_size=32)"
 def main() -> None:
     """Export a tiny Llama in the format named, then damage it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("format", choices=export.formats())
+    parser.add_argument("format", choices=formats())
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", default=METHOD, help="how the model is compressed")
@@ -33,9 +35,10 @@ def main() -> None:
     model = checkpoint.load(source)
     with tempfile.TemporaryDirectory() as box:
         path = Path(box) / "model"
-        export.export(compress.apply(chosen.method, model), path, chosen.format, source)
+        compress.export(compress.apply(chosen.method, model), path, chosen.format, source)
+        damage = mutated if chosen.format == "gguf" else mutate  # headers of its own
         start = time.perf_counter()
-        seen, grown = fuzz(path, export.formats()[chosen.format].read, chosen.count, chosen.seed)
+        seen, grown = fuzz(path, formats()[chosen.format].read, chosen.count, chosen.seed, damage)
         took = time.perf_counter() - start
     print(f"{chosen.format}: {dict(seen)} in {took:.0f} s, peak memory grew {grown / 1e6:.0f} MB")
 

@@ -106,12 +106,17 @@ def _change_bytes(data: bytes, random: Random) -> bytes:
 
 
 def fuzz(
-    path: Path, read: Callable[[Path], Any], count: int, seed: int = 0
+    path: Path,
+    read: Callable[[Path], Any],
+    count: int,
+    seed: int = 0,
+    mutate: Callable[[bytes, Random], bytes] = mutate,
 ) -> tuple[Counter[str], int]:
     """Read `path`, a file or a folder of files, `count` times with one file damaged each time.
 
-    Returns how often it was "read" and "refused", and by how many bytes the process grew at its
-    peak. Raises AssertionError, with the round, for any other exception or an error of two lines.
+    mutate: does the damage. Returns how often it was "read" and "refused", and by how many bytes
+    the process grew at its peak. Raises AssertionError, with the round, for any other exception,
+    and for an error of two lines or without the path.
     """
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     originals = {file: file.read_bytes() for file in files}
@@ -126,7 +131,8 @@ def fuzz(
             read(path)
             seen["read"] += 1
         except ValueError as error:
-            assert "\n" not in str(error), f"seed {seed}, round {number}: {error}"
+            said = str(error)
+            assert str(path) in said and "\n" not in said, f"seed {seed}, round {number}: {said}"
             seen["refused"] += 1
         except Exception as error:
             what = f"{type(error).__name__}: {error}"

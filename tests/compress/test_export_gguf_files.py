@@ -3,12 +3,11 @@
 import importlib
 import os
 import struct
-import time
 import tracemalloc
-from random import Random
 
 import pytest
 import torch
+from fuzzing import fuzz
 from fuzzing_gguf import mutated
 
 import compress
@@ -318,23 +317,8 @@ def test_a_link_out_of_the_folder(good, tmp_path):
     export.read(folder)
 
 
-def fuzz(data: bytes, path, random: Random, times: int) -> tuple[int, int, float]:
-    """Reads that were refused, reads that went well, seconds of the longest."""
-    refusals, longest = 0, 0.0
-    for _ in range(times):
-        path.write_bytes(mutated(data, random))
-        start = time.perf_counter()
-        try:
-            export.formats()["gguf"].read(path)
-        except ValueError as error:
-            refusals += 1
-            assert str(path) in str(error) and "\n" not in str(error)
-        longest = max(longest, time.perf_counter() - start)
-    return refusals, times - refusals, longest
-
-
 def test_damaged_files_are_refused_or_read(good, tmp_path):
     export.export(export.read(good), tmp_path / "bare", "gguf")  # no tokens: sizes and places first
     for file in (good, tmp_path / "bare" / "model.gguf"):
-        refusals, reads, _ = fuzz(file.read_bytes(), tmp_path / "m.gguf", Random(0), 200)
-        assert refusals > 80 and reads > 10
+        seen, _ = fuzz(file, export.formats()["gguf"].read, 200, mutate=mutated)
+        assert seen["refused"] > 80 and seen["read"] > 10
