@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from compress import checkpoint, model_files
-from compress.layers import is_tied
+from compress import checkpoint, model_config, model_files
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
 
@@ -24,15 +23,10 @@ def complete(folder: Path, tokenizer: Any, lineage: dict[str, Any]) -> None:
     random numbers. lineage: at least `source`, one line for people.
     """
     add_tokenizer(folder, tokenizer, lineage)
-    config = model_files.read_json(folder / "config.json")
-    config.pop("transformers_version", None)  # equal models get equal bytes
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    config = model_config.portable(model_files.read_json(folder / "config.json"))
     config.pop("architectures", None)
     if not checkpoint.layer_specs(folder):
         config["architectures"] = [ARCHITECTURES[config["model_type"]]]
-    config["tie_word_embeddings"] = is_tied(config)
-    if "rope_parameters" in config:
-        config["rope_theta"] = config["rope_parameters"]["rope_theta"]
     _write(folder / "config.json", config)
 
 

@@ -33,7 +33,7 @@ Solve = Callable[[list[Group]], dict[str, nn.Module]]
 
 def run(
     model: Any,
-    calibration: Tensor,
+    calibration: Tensor | None,
     solve: Solve,
     mode: str,
     progress: Progress,
@@ -48,9 +48,11 @@ def run(
     compute, then runs the new block for the next one's inputs (`solve` may change its other
     parameters as well). spill_bytes: inputs held in memory before they go to disk.
 
-    Raises ValueError if calibration is not token ids of the model's vocabulary and context, or
-    the model produces NaN on it.
+    Raises ValueError if calibration is missing, or not token ids of the model's vocabulary and
+    context, or the model produces NaN on it.
     """
+    if calibration is None:
+        raise ValueError("this method needs calibration: (samples, tokens) int64 token ids")
     check_ids(calibration, model.config)
     model.eval()  # dropout would make the statistics random
     calibration = calibration.to(model.get_input_embeddings().weight.device)

@@ -18,6 +18,7 @@ from torch import nn
 
 from compress.dynamic_linear import Float16Linear, Int8DynamicLinear
 from compress.layers import model_dtype
+from compress.model_config import skeleton
 from compress.model_files import (
     CONFIG,
     WEIGHTS,
@@ -28,7 +29,6 @@ from compress.model_files import (
     plain_tensors,
     read_json,
     read_tensors,
-    skeleton,
     write_whole,
 )
 from compress.quant_embedding import QuantEmbedding

@@ -1,7 +1,8 @@
 """The files of a Hugging Face folder, between disk and model: what all our readers share.
 
-config.json makes an empty model, safetensors fill it. `write_whole` makes a folder whole or not at
-all. Reading trusts nothing: sizes, types and names are checked before a tensor is used.
+config.json makes an empty model (model_config.py), safetensors fill it. `write_whole` makes a
+folder whole or not at all. Reading trusts nothing: sizes, types and names are checked before a
+tensor is used.
 """
 
 import json
@@ -17,14 +18,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from compress.dtypes import DTYPES
-from compress.layers import FAMILIES, LinearFromConv1D, conv1d_to_linear
+from compress.layers import LinearFromConv1D
 from compress.quant_embedding import QuantEmbedding
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
-    *("num_attention_heads", "num_key_value_heads", "n_embd", "n_inner", "n_layer", "n_head"),
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
 )
 IGNORED = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # buffers of old checkpoints
 
@@ -157,44 +158,9 @@ def tie(model: Any) -> None:
         model.tie_weights()
 
 
-def skeleton(config: dict[str, Any], where: Path, file_bytes: int) -> Any:
-    """The model that `config` describes with its buffers, its parameters on the meta device.
-
-    where: the file that errors name. file_bytes: of the weights, which bound every size in it.
-    Raises ValueError for a model type that we do not know, or sizes that the weights cannot have.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"{where}: model_type {model_type!r}; supported: {known}")
-    _check_sizes(config, where, 8 * file_bytes)
-    try:
-        settings = AutoConfig.for_model(**config)
-        with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
-    except Exception as error:  # transformers raises many types for a config that makes no sense
-        first = str(error).partition("\n")[0]
-        raise ValueError(f"{where} does not describe a model: {first}") from None
-    return conv1d_to_linear(model)
-
-
 def file_bytes(folder: Path) -> int:
     """Bytes of the folder's files of weights."""
     return sum(path.stat().st_size for path in weight_files(folder) if path.exists())
-
-
-def _check_sizes(config: dict[str, Any], where: Path, bits: int) -> None:
-    """Refuse a config whose model the files cannot hold, before anything is built from it."""
-    for key in SIZES:
-        value = config.get(key)
-        if value is not None and (type(value) is not int or not 0 < value <= bits):
-            raise ValueError(f"{where}: {key} = {value!r} does not fit the weights")
-    layers = max(config.get("num_hidden_layers") or 1, config.get("n_layer") or 1)
-    if layers > bits // 1000:  # a decoder block has thousands of weights
-        raise ValueError(f"{where}: {layers} layers do not fit the weights")
 
 
 def place(model: Any, name: str, layer: Any, where: str) -> None:

@@ -16,12 +16,12 @@ from bench.metrics.subject import Progress, Subject
 from compress.checkpoint import layer_specs
 from compress.export import gguf_header
 from compress.layers import is_tied
-from compress.model_files import IGNORED, read_json, weight_files
+from compress.model_files import IGNORED, TOKENIZER_FILES, read_json, weight_files
 
 FOREIGN = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx_data")  # files of weights
 NOT_OF_THE_MODEL = (  # tokenizers, which our artefacts do not hold, and the report of an export
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "export.json"),
+    *TOKENIZER_FILES,
+    "export.json",
 )
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
 

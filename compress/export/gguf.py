@@ -30,13 +30,13 @@ from compress.export.gguf_model import (
     turning_heads,
 )
 from compress.layers import LinearFromConv1D, decoder_blocks
+from compress.model_config import skeleton
 from compress.model_files import (
     CONFIG,
     assign,
     our_layers,
     place,
     plain_tensors,
-    skeleton,
     tied_head,
 )
 from compress.quant_embedding import QuantEmbedding

@@ -18,14 +18,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.layers import is_tied, model_dtype, named_linears
-from compress.model_files import CONFIG, WEIGHTS, our_layers, plain_tensors
+from compress.model_config import portable
+from compress.model_files import (
+    CONFIG,
+    TOKENIZER_FILES,
+    WEIGHTS,
+    our_layers,
+    plain_tensors,
+)
 from compress.quant_linear import QuantLinear
 
 SETTINGS = "quantization_config"
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
-)
 
 
 def refusal(model: Any, of_layer: Callable[[QuantLinear], str | None]) -> str | None:
@@ -149,15 +152,8 @@ def _config(model: Any) -> dict[str, Any]:
     """config.json as other runtimes read it, those of transformers 4 as well."""
     config = copy.deepcopy(model.config)
     config.dtype = model_dtype(model)
-    values = json.loads(config.to_json_string())
-    values = {key: value for key, value in values.items() if not key.startswith("_")}
-    values.pop("transformers_version", None)  # equal models get equal bytes
-    values["architectures"] = [type(model).__name__]
-    values["torch_dtype"] = values["dtype"]
-    values["tie_word_embeddings"] = is_tied(values)
-    if "rope_parameters" in values:
-        values["rope_theta"] = values["rope_parameters"]["rope_theta"]
-    return values
+    values = portable(json.loads(config.to_json_string()))
+    return values | {"architectures": [type(model).__name__], "torch_dtype": values["dtype"]}
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from compress.dtypes import DTYPES, dtype_of
 from compress.export.quantized_folder import SETTINGS, is_exact
 from compress.layers import FAMILIES
+from compress.model_config import skeleton
 from compress.model_files import (
     CONFIG,
     INDEX,
@@ -24,13 +25,11 @@ from compress.model_files import (
     place,
     read_json,
     read_tensors,
-    skeleton,
     weight_files,
 )
 from compress.quant_linear import QuantLinear
 
 FLOATS = tuple(DTYPES.values())
-LABELS = ("num_labels", "id2label", "label2id")  # of classifiers; any number makes as long a list
 
 
 class Settings:
@@ -145,7 +144,7 @@ def open_folder(path: Path) -> tuple[dict[str, Any], Settings]:
     for file in weight_files(path):
         own_file(path, file.name)
     settings = Settings(config.pop(SETTINGS, None), f"{path / CONFIG}: {SETTINGS}")
-    return {key: value for key, value in config.items() if key not in LABELS}, settings
+    return config, settings
 
 
 def read(

@@ -81,8 +81,6 @@ class Awq(Compressor):
         calibration: (samples, tokens) int64. Raises ValueError if it is missing or makes no
         sense, or if a weight is not finite.
         """
-        if calibration is None:
-            raise ValueError("this method needs calibration: (samples, tokens) int64 token ids")
         refuse_no_effect(model, self.skip)
         calibrate.run(model, calibration, self.solve_groups, "block", progress)
         return finish(model, DTYPES[self.dtype], self.head_bits, self.group_size)

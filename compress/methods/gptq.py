@@ -83,8 +83,6 @@ class Gptq(Compressor):
         calibration: (samples, tokens) int64. Raises ValueError if it is missing or makes no
         sense, if a weight is not finite, or if no damping makes H positive definite.
         """
-        if calibration is None:
-            raise ValueError("this method needs calibration: (samples, tokens) int64 token ids")
         refuse_no_effect(model, self.skip)
         calibrate.run(model, calibration, self.solve_groups, self.mode(), progress)
         return finish(model, DTYPES[self.dtype], self.head_bits, self.group_size)

@@ -53,6 +53,13 @@ def refused(folder, message):
     assert "\n" not in str(caught.value)
 
 
+def assert_cannot_hold(model, format, folder, method, message, ids=None):
+    """Refused with the reason, and nothing is left where it would have been written."""
+    with pytest.raises(ValueError, match=message):
+        exported(model, format, folder, method, ids)
+    assert not folder.exists()
+
+
 def assert_same(model, again, ids):
     """The same codes, scales, zeros, biases and types, and the same logits bit for bit."""
     before, after = our_layers(model), our_layers(again)

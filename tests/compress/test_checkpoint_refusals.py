@@ -35,6 +35,11 @@ def test_truncated_weights(saved):
     refused(saved, r"model\.safetensors is corrupt or cut short")
 
 
+def test_labels_of_classifiers_make_no_list(saved):
+    change_json(saved / "config.json", num_labels=10**12)
+    assert len(checkpoint.load(saved).config.id2label) == 2  # transformers' own default
+
+
 @pytest.mark.parametrize("length", [2**60, 10, 0])
 def test_a_header_that_lies_about_its_length(saved, length):
     file = saved / "model.safetensors"
