@@ -26,6 +26,7 @@ FEW_ROWS = 16  # fewer rows than this count as few
 MEASURED_ROWS = {"few": 1, "many": 128}
 REPEATS = {"few": 21, "many": 3}
 HOPELESS = 3  # times the best so far: not measured any further
+PATIENCE = 5e5  # microseconds spent on one kernel, beyond its first product
 
 
 def cache_dir() -> Path:
@@ -90,21 +91,34 @@ def shape_of(layer: Any) -> str:
 def measured(
     layer: Any, dtype: torch.dtype, rows: str, fitting: "Sequence[Kernel]"
 ) -> dict[str, float]:
-    """Microseconds that each kernel takes for `layer`, by name; a median, or one where hopeless."""
+    """Microseconds that each kernel takes for `layer`, by name; a median.
+
+    A first look at all of them, then turns for those that may yet win, until PATIENCE is over:
+    a hopeless kernel at the shapes of a large model takes seconds.
+    """
     x = torch.ones(MEASURED_ROWS[rows], layer.in_features, dtype=dtype, device=layer.codes.device)
     found: dict[str, float] = {}
     for kernel in fitting:
         twin = layer.twin() if kernel.few else layer  # preparing changes what a layer holds
         kernel.prepare(twin)
-        samples: list[float] = []
-        for _ in range(1 + REPEATS[rows]):
-            start = time.perf_counter()
-            kernel.multiply(twin, x)
-            samples.append((time.perf_counter() - start) * 1e6)
-            if found and samples[-1] > HOPELESS * min(found.values()):
+        first = _microseconds(kernel, twin, x)
+        samples = [first]  # the one to warm up, if there is time for no other
+        best = min(found.values(), default=first)
+        while sum(samples) < PATIENCE and min(samples) < HOPELESS * best:
+            samples.append(_microseconds(kernel, twin, x))
+            if len(samples) > REPEATS[rows]:
                 break
-        found[kernel.name] = round(statistics.median(samples[1:] or samples), 1)  # one to warm up
+        found[kernel.name] = round(statistics.median(samples[1:] or samples), 1)
     return found
+
+
+def _microseconds(kernel: "Kernel", layer: Any, x: torch.Tensor) -> float:
+    """One product's time."""
+    start = time.perf_counter()
+    kernel.multiply(layer, x)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e6
 
 
 def report() -> list[str]:

@@ -21,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy
 import torch
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--artefacts", type=Path, help="keep the compressed models; reuse them")
     parser.add_argument("--worker", nargs=2, metavar=("METHOD", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -47,10 +49,11 @@ def main() -> None:
     parent = models.resolve(options.model).folder
     with tempfile.TemporaryDirectory() as scratch:
         rows = {PARENT: start(PARENT, parent, options)}
-        for number, method in enumerate(split_outside_brackets(options.methods)):
-            folder = Path(scratch) / str(number)
-            command = [sys.executable, "-m", "bench", "compress", method, str(folder)]
-            subprocess.run([*command, "--model", options.model], check=True, cwd=ROOT)
+        for method in split_outside_brackets(options.methods):
+            folder = (options.artefacts or Path(scratch)) / quote(method, safe="")
+            if not folder.exists():
+                command = [sys.executable, "-m", "bench", "compress", method, str(folder)]
+                subprocess.run([*command, "--model", options.model], check=True, cwd=ROOT)
             rows[method] = start(method, folder, options)
         samples: dict[str, list[dict[str, Any]]] = {name: [] for name in rows}
         for turn in range(options.rounds + 1):  # the first warms up
