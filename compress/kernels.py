@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress import int4_layout
+from compress import compiled, int4_layout
 
 INT4_GROUPS = (256, 128, 64, 32)  # what _weight_int4pack_mm_for_cpu takes; it does not check
 ALIGNMENT = 64  # bytes; what torch's allocator gives, and a memory-mapped file does not
@@ -136,6 +136,38 @@ def int4pack(layer: Any, x: Tensor) -> Tensor:
     return y
 
 
+def fits_compiled(layer: Any, dtype: torch.dtype) -> bool:
+    """4 bits in equal groups, input of bfloat16 or float32, codes still in the file's order."""
+    return (
+        layer.bits == 4
+        and dtype in (torch.bfloat16, torch.float32)
+        and layer.codes.device.type == "cpu"
+        and layer.order is None
+        and layer.int4 is None
+        and layer.in_features % compiled.COLUMNS == 0
+        and layer.in_features % layer.group_size == 0
+        and layer.group_size % compiled.GROUP == 0
+        and compiled.library() is not None
+    )
+
+
+def prepare_compiled(layer: Any) -> None:
+    """Scale and zero, or scale and offset, beside each other: one read a group.
+
+    Zeros are whole numbers up to 15, exact in every type; scales stay in theirs, or go to float32.
+    """
+    if layer.pairs is None:
+        other = layer.codes_and_zero()[1] if layer.offset is None else layer.offset
+        both = torch.stack([layer.scale, other.to(layer.scale.dtype)], dim=-1)
+        both = both if both.dtype == torch.bfloat16 else both.float()
+        layer.pairs = both.expand(layer.out_features, -1, -1).contiguous()
+
+
+def compiled_int4(layer: Any, x: Tensor) -> Tensor:
+    """The kernel of int4_rows.c."""
+    return compiled.int4(layer.codes, layer.pairs, x, layer.offset is not None)
+
+
 def fits_int8pack(layer: Any, dtype: torch.dtype) -> bool:
     """8 bits with one scale a row, bfloat16.
 
@@ -175,6 +207,7 @@ def int8pack(layer: Any, x: Tensor) -> Tensor:
 
 
 FOR_WEIGHTS = (
+    Kernel("compiled int4", fits_compiled, compiled_int4, prepare_compiled, few=True),
     Kernel("int4pack", fits_int4pack, int4pack, prepare_int4pack, few=True),
     Kernel("int8pack", fits_int8pack, int8pack, prepare_int8pack, few=True),
     Kernel("rebuild", fits_rebuild, lambda layer, x: rebuild(layer, x, x.dtype)),

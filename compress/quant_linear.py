@@ -28,7 +28,7 @@ class QuantLinear(nn.Module):
     """
 
     kind = "quant"
-    candidates = FOR_WEIGHTS
+    candidates: tuple[Kernel, ...] = FOR_WEIGHTS
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
@@ -58,6 +58,7 @@ class QuantLinear(nn.Module):
         # What kernels prepare and measure; see kernels.py.
         self.int4: tuple[int, Tensor, Tensor | None] | None = None
         self.int8: tuple[Tensor, Tensor | None] | None = None
+        self.pairs: Tensor | None = None
         self.chosen: dict[torch.dtype, tuple[Kernel, Kernel]] = {}
 
     @classmethod
@@ -186,6 +187,7 @@ class QuantLinear(nn.Module):
             size, grid, shift = joined.int4
             self.int4 = size, grid[:, rows], None if shift is None else shift[:, rows]
         self.int8, self.chosen = None, {}
+        self.pairs = None if joined.pairs is None else joined.pairs[rows]
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Rows of the rebuilt weight, (n, in) for numbers (n,) int64, in the scale's type."""

@@ -4,9 +4,8 @@
 
 At these shapes a token costs the reading of its weights. The machine's bandwidth is measured in the
 same process, as summing a gigabyte with the same threads, in turns with the models. Weights are
-random. Bytes a token
-are those of the codes, scales and zeros that the blocks hold; embedding and head are left out by a
-vocabulary of 64. Ratios are to `cast`, taken within rounds.
+random. Bytes a token are those of the blocks' codes, scales and zeros; embedding and head are left
+out by a vocabulary of 64. Ratios are to `cast`, taken within rounds.
 """
 
 import argparse
@@ -35,7 +34,7 @@ def main() -> None:
     rows = {}
     for method in split_outside_brackets(options.methods):
         runner = compress.TorchRunner(compress.apply(method, stack(options.blocks)))
-        rows[method] = runner, held_bytes(runner), runner.kernels(1)
+        rows[method] = runner, bytes_read(runner), runner.kernels(1)
     samples: dict[str, list[float]] = {method: [] for method in rows}
     bandwidth = []
     for turn in range(options.rounds + 1):  # the first warms up
@@ -54,13 +53,13 @@ def main() -> None:
     print("| row | ms a token | x | MB a token | share of bandwidth | kernels |")
     print("|---|---|---|---|---|---|")
     base = samples.get("cast", next(iter(samples.values())))
-    for method, (_, held, kernels) in rows.items():
+    for method, (_, read, kernels) in rows.items():
         found = samples[method]
         ratio = statistics.median(b / s for b, s in zip(base, found, strict=True))
-        share = held / statistics.median(found) / speed
+        share = read / statistics.median(found) / speed
         print(
             f"| {method} | {1000 * statistics.median(found):.1f} | {ratio:.2f} "
-            f"| {held / 1e6:.0f} | {share:.0%} | {', '.join(kernels)} |"
+            f"| {read / 1e6:.0f} | {share:.0%} | {', '.join(kernels)} |"
         )
 
 
@@ -85,14 +84,15 @@ def stack(blocks: int) -> torch.nn.Module:
     return conv1d_to_linear(model)
 
 
-def held_bytes(runner: compress.TorchRunner) -> int:
-    """Bytes of the blocks' linear layers as they are held."""
+def bytes_read(runner: compress.TorchRunner) -> int:
+    """Bytes of the blocks' linear layers that one token needs: codes, and the grid as prepared."""
     assert runner.decoder is not None
     total = 0
     for layer in runner.decoder.linears()[:-1]:
-        parts = [layer.codes, layer.zero, *(layer.int4 or (layer.scale,))]
-        tensors = {id(part): part for part in parts if isinstance(part, torch.Tensor)}
-        total += sum(part.nbytes for part in tensors.values())
+        pairs = getattr(layer, "pairs", None)
+        grid = layer.int4 or ((layer.scale, layer.zero) if pairs is None else (pairs,))
+        parts = {id(each): each for each in (layer.codes, *grid)}
+        total += sum(each.nbytes for each in parts.values() if isinstance(each, torch.Tensor))
     return total
 
 

@@ -1,11 +1,12 @@
 """kernels: each takes only what it computes exactly; the choice is measured and remembered."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
-from compress import int4_layout, kernel_choice, kernels
+from compress import compiled, int4_layout, kernel_choice, kernels
 from compress.methods.dynamic import Dynamic
 from compress.methods.int8_weight import Int8Weight
 from compress.methods.rtn import Rtn
@@ -33,22 +34,24 @@ def fitting(layer, dtype=torch.bfloat16):
 
 
 REBUILD = ["rebuild", "rebuild float32"]
+COMPILED = ["compiled int4"] if compiled.library() else []  # where there is a compiler
+INT4 = [*COMPILED, "int4pack", *REBUILD]
 GRIDS = [(4, True), (4, False), (3, False), (2, True), (8, False)]
 
 
 @pytest.mark.parametrize(
     "layer, names",
     [
-        (rtn(), ["int4pack", *REBUILD]),
-        (rtn(symmetric=True), ["int4pack", *REBUILD]),
+        (rtn(), INT4),
+        (rtn(symmetric=True), INT4),
         (rtn(bits=3), ["int4pack", *REBUILD]),
         (rtn(bits=2), ["int4pack", *REBUILD]),
-        (rtn(rows=90), ["int4pack", *REBUILD]),  # filled up to sixteens with zeros
-        (rtn(group_size=-1), ["int4pack", *REBUILD]),
+        (rtn(rows=90), INT4),  # filled up to sixteens with zeros
+        (rtn(group_size=-1), INT4),
         (rtn(columns=160), ["int4pack", *REBUILD]),  # 64, 64 and 32: groups of 32 for the kernel
         (rtn(group_size=48), REBUILD),  # not a group of the kernel, which would crash, unchecked
         (rtn(columns=100), REBUILD),
-        (rtn(dtype="float32"), REBUILD),  # scales that bfloat16 would round
+        (rtn(dtype="float32"), [*COMPILED, *REBUILD]),  # scales that int4pack would round
         (int8(), ["int8pack", *REBUILD]),
         (int8(symmetric=False), ["int8pack", *REBUILD]),
         (
@@ -61,7 +64,8 @@ GRIDS = [(4, True), (4, False), (3, False), (2, True), (8, False)]
 )
 def test_what_kernels_take(layer, names):
     assert fitting(layer) == names
-    assert fitting(layer, torch.float32) == ["rebuild float32"]
+    first = COMPILED if "compiled int4" in names else []
+    assert fitting(layer, torch.float32) == [*first, "rebuild float32"]
 
 
 def test_codes_that_a_kernel_would_crash_on_go_elsewhere():
@@ -93,6 +97,59 @@ def test_every_kernel_means_the_same_weights(bits, symmetric, columns, rows):
             numbers = torch.tensor([3, 89, 64, 0])
             assert torch.equal(twin.rows(numbers), layer.weight()[numbers])
             assert relative(kernels.rebuild(twin, x, torch.float32), exact) < 0.004
+
+
+def test_a_compiler_gives_the_compiled_kernels(tmp_path, monkeypatch):
+    assert (compiled.library() is not None) == (shutil.which("cc") is not None)
+    find = compiled.library.__wrapped__
+    monkeypatch.setenv("SLIMBENCH_CC", "none")
+    assert find() is None
+    monkeypatch.setenv("SLIMBENCH_CACHE", str(tmp_path))
+    monkeypatch.setenv("SLIMBENCH_CC", "false")  # a compiler that fails
+    assert find() is None and not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.skipif(not COMPILED, reason="no C compiler on this machine")
+@pytest.mark.parametrize("kind", ["zeros", "symmetric", "offset"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows, columns, size", [(7, 64, 64), (90, 192, 96), (33, 704, 32)])
+def test_the_compiled_kernel_against_float64(kind, dtype, rows, columns, size):
+    codes = (random(rows, columns, seed=0) * 3 + 8).clamp(0, 15).to(torch.uint8)
+    scale, zero = random(rows, columns // size, seed=1), None
+    zero = (scale * 3 + 8).clamp(0, 15) if kind == "zeros" else None
+    offset = random(*scale.shape, seed=2) if kind == "offset" else None
+    layer = QuantLinear.from_codes(
+        *(codes, scale, zero, random(rows, seed=3), 4, size), dtype=dtype, offset=offset
+    )
+    kernels.prepare_compiled(layer)
+    for count in (1, 15):
+        x = random(count, columns, seed=4)
+        exact = x.double() @ layer.weight(torch.float64).T
+        assert relative(kernels.compiled_int4(layer, x), exact) < 1e-6
+        x = x.bfloat16()
+        exact = x.double() @ layer.weight(torch.float64).T
+        y = kernels.compiled_int4(layer, x)
+        assert y.dtype == torch.bfloat16 and relative(y, exact) < 0.004
+    x[0, 5] = torch.nan
+    y = kernels.compiled_int4(layer, x)
+    assert y[0].isnan().all() and y[1:].isfinite().all()
+
+
+@pytest.mark.skipif(not COMPILED, reason="no C compiler on this machine")
+def test_rows_of_a_joined_layer_go_through_the_compiled_kernel():
+    parts = [rtn(rows=64), rtn(rows=32, symmetric=False)]
+    joined = QuantLinear(
+        *(torch.cat(each) for each in zip(*(part.per_row()[:3] for part in parts), strict=True)),
+        None,
+        4,
+        64,
+        128,
+    )
+    kernels.prepare_compiled(joined)
+    x = random(2, 128, seed=5)
+    whole = kernels.compiled_int4(joined, x)
+    parts[1].look_into(joined, 64)
+    assert torch.equal(kernels.compiled_int4(parts[1], x), whole[:, 64:])
 
 
 @pytest.mark.parametrize("rows", [16, 32, 48, 64, 90, 112, 257])
@@ -141,12 +198,12 @@ def own_table(tmp_path, monkeypatch):
 def test_the_choice_is_measured_once_and_kept(own_table, monkeypatch):
     layer = rtn()
     few, many = kernel_choice.choose(layer, torch.bfloat16, layer.candidates)
-    assert few.name in ("int4pack", *REBUILD) and many.name in REBUILD
+    assert few.name in INT4 and many.name in REBUILD
     (name,) = tables = json.loads(own_table.read_text())
     assert torch.__version__ in name and f"{torch.get_num_threads()} threads" in name
     keys = sorted(tables[name])
     assert [key.split()[0] for key in keys] == ["few", "many"] and "128->96" in keys[0]
-    assert sorted(tables[name][keys[0]]) == ["int4pack", *REBUILD]
+    assert sorted(tables[name][keys[0]]) == sorted(INT4)
     assert all(us > 0 for known in tables[name].values() for us in known.values())
     monkeypatch.setattr(kernel_choice, "measured", None)  # would fail if called
     again = kernel_choice.choose(rtn(), torch.bfloat16, layer.candidates)
