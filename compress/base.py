@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from compress import checkpoint
+from compress import checkpoint, token_step
 from compress.decoder import decoder_for
 from compress.layers import model_dtype
 
@@ -157,6 +157,8 @@ class TorchRunner:
         dtype = model_dtype(self.model)
         layers = self.decoder.linears() if self.decoder else self.model.modules()
         names = set()
+        if rows == 1 and self.decoder and self.decoder.steps_compiled:
+            names.add(token_step.NAME)
         for layer in layers:
             if hasattr(layer, "kernel"):
                 names.add(layer.kernel(rows, dtype))

@@ -4,17 +4,21 @@ Decoding one token is bound by how many small operations Python starts, more tha
 here: a cache of keys and values that is written in place; q, k and v, and gate and up, multiplied
 as one layer (rows of one matrix do not know each other: exact); rotary positions in three
 operations for queries and keys at once; query heads that share keys as rows of one product; norms
-as one fused operation. `decoder_for` says which models it takes; the others run in transformers.
+as one fused operation; single tokens through compiled functions where there is a compiler
+(token_step.py). `decoder_for` says which models it takes; the others run in transformers.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compress import token_step
+from compress.decoder_parts import GatedUnit, RmsNorm, Rotary
 from compress.fuse import fused
 
 Layer = Callable[[Tensor], Tensor]
@@ -76,8 +80,13 @@ class Decoder:
     key_heads: int
     width: int
     scale: float
-    rotary: "Rotary | None"
+    rotary: Rotary | None
     dtype: torch.dtype
+
+    @cached_property
+    def steps_compiled(self) -> bool:
+        """Whether single tokens go through token_step.py."""
+        return token_step.takes(self)
 
     def cache(self, batch: int) -> Cache:
         """An empty cache."""
@@ -98,6 +107,8 @@ class Decoder:
         start = cache.length
         stop = cache.length = start + count
         x = self.embed(ids, start)
+        if count == 1 and self.steps_compiled and x.dtype == self.dtype:
+            return token_step.step(self, x, cache)
         angles = self.rotary.at(start, stop) if self.rotary else None
         turned = self.heads + self.key_heads
         mask = _mask(start, stop) if start and count > 1 else None
@@ -131,53 +142,6 @@ class Decoder:
             enable_gqa=self.heads != self.key_heads,
         )
         return y.transpose(1, 2).reshape(batch, count, -1)
-
-
-class Rotary:
-    """Cosines and signed sines of all positions so far, as the model's own module gives them.
-
-    A channel c turns with c + width / 2: x * cos + roll(x, width / 2) * (-sin | sin).
-    """
-
-    def __init__(self, module: Any, dtype: torch.dtype):
-        self.module, self.dtype = module, dtype
-        self.cos = self.sin = torch.empty(0)
-
-    def at(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of positions start to stop, (seq, 1, width) each."""
-        if stop > len(self.cos):
-            positions = torch.arange(2 * stop)[None]
-            cos, sin = self.module(torch.empty(0, dtype=self.dtype), positions)
-            half = sin.shape[-1] // 2
-            signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
-            self.cos, self.sin = cos[0, :, None], signed[0, :, None]
-        return self.cos[start:stop], self.sin[start:stop]
-
-
-class RmsNorm:
-    """x / sqrt(mean(x^2) + eps) * weight, as the LayerNorm of (x, -x), which has mean zero.
-
-    torch fuses LayerNorm on a CPU and not this: a third of the time for one token.
-    """
-
-    def __init__(self, weight: Tensor, eps: float):
-        self.twice, self.eps = torch.cat((weight, weight)).detach(), eps
-        self.width = len(weight)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(..., width) -> the same."""
-        both = torch.cat((x, -x), -1)
-        y = torch.layer_norm(both, self.twice.shape, self.twice, None, self.eps)
-        return y.narrow(-1, 0, self.width)
-
-
-class GatedUnit:
-    """silu(gate) * up of the two halves of its input."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(..., 2 * inner) -> (..., inner)."""
-        gate, up = x.chunk(2, -1)
-        return F.silu(gate).mul_(up)
 
 
 def _mask(start: int, stop: int) -> Tensor:

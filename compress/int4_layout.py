@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+PIECE = 4096  # rows laid out at a time
 BLOCK = 64 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 32
 
 
@@ -20,7 +21,11 @@ def pack(codes: Tensor) -> Tensor:
     The kernel wants rows in sixteens: those that are missing are zeros.
     """
     codes = F.pad(codes, (0, 0, 0, -len(codes) % 16))
-    return torch._convert_weight_to_int4pack_for_cpu(codes.int(), 2)
+    pieces = [  # torch wants four bytes a code: of a vocabulary that is much, for a moment
+        torch._convert_weight_to_int4pack_for_cpu(piece.int(), 2)
+        for piece in codes.split(PIECE // BLOCK * BLOCK)
+    ]
+    return torch.cat(pieces)
 
 
 @cache

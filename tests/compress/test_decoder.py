@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import compress
 from compress import checkpoint
 from compress.base import TorchRunner
-from compress.decoder import RmsNorm, decoder_for
+from compress.decoder import decoder_for
+from compress.decoder_parts import RmsNorm
 from compress.layers import conv1d_to_linear
 
 
