@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import compress
-from compress import checkpoint
+from compress import checkpoint, token_step
 from compress.base import TorchRunner
 from compress.decoder import decoder_for
 from compress.decoder_parts import RmsNorm
@@ -42,8 +42,13 @@ def test_whole_passes_are_those_of_transformers(model):
     assert relative(torch.cat(pieces), expected.flatten(0, 1)) < 3e-6
 
 
+@pytest.mark.parametrize("compiled", [True, False])  # where there is a compiler
 @pytest.mark.parametrize("batch", [1, 3])
-def test_prompts_tokens_and_chunks_through_the_cache_are_one_whole_pass(model, batch):
+def test_prompts_tokens_and_chunks_through_the_cache_are_one_whole_pass(
+    model, batch, compiled, monkeypatch
+):
+    if not compiled:
+        monkeypatch.setattr(token_step, "takes", lambda decoder: False)
     ids = ids_of(batch, 40)
     expected = whole(model, ids)
     runner = TorchRunner(model)
