@@ -1,9 +1,9 @@
 """The kernels written in C: compiled by the machine's own compiler when one is first wanted.
 
-native/int4_rows.c multiplies by 4-bit codes in the order of the file, on every processor that the
-compiler knows; torch's int4 kernel is written for AVX-512 and wants an order of its own. It is one
-more candidate of kernels.py. native/token.c is for decoding; see token_step.py. Where no compiler
-is found, torch does the work.
+native/int4_rows.c and int8_rows.c multiply by codes in the order of the file, on every processor
+that the compiler knows; torch's int4 kernel is written for AVX-512 and wants an order of its own,
+its int8 kernel takes one group a row. They are candidates of kernels.py. native/token.c is for
+decoding; see token_step.py. Where no compiler is found, torch does the work.
 
 $SLIMBENCH_CC names the compiler (else `cc`); `none` leaves these kernels out. The library is kept
 in the cache, under a hash of all that it was made from.
@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ PATIENCE = 120  # seconds for the compiler
 POINTER, LONG, FLOAT, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 FUNCTIONS = {
     "int4_rows": [POINTER] * 4 + [LONG] * 4 + [INT] * 3,
+    "int8_rows": [POINTER] * 4 + [LONG] * 4 + [INT] * 2,
     "add_norm": [POINTER] * 5 + [LONG] * 2 + [FLOAT, INT],
     "gate": [POINTER] * 2 + [LONG] * 2 + [INT],
     "attend": [POINTER] * 5 + [LONG] * 6 + [FLOAT, INT],
@@ -81,20 +83,53 @@ def _compiled(compiler: str, sources: list[Path], openmp: list[Path]) -> Path:
     return target
 
 
-def int4(codes: Tensor, pairs: Tensor, x: Tensor, offset: bool) -> Tensor:
-    """x (rows, in) times 4-bit codes (out, in / 2) in the file's order: (rows, out) in x's type.
+def fits(layer: Any, dtype: torch.dtype) -> bool:
+    """4 or 8 bits in equal groups, input of bfloat16 or float32, codes in the file's order."""
+    return (
+        layer.bits in (4, 8)
+        and not (layer.bits == 8 and layer.offset is not None)
+        and dtype in (torch.bfloat16, torch.float32)
+        and layer.codes.device.type == "cpu"
+        and layer.order is None
+        and layer.int4 is None
+        and layer.in_features % COLUMNS == 0
+        and layer.in_features % layer.group_size == 0
+        and layer.group_size % GROUP == 0
+        and library() is not None
+    )
 
-    pairs: (out, groups, 2) of scale and zero or, with `offset`, scale and offset; bfloat16 or
-    float32. x: bfloat16 or float32. The groups are equal and their size a multiple of GROUP, in one
-    of COLUMNS. Raises MemoryError if there is no room for a copy of x.
+
+def prepare(layer: Any) -> None:
+    """Scale and zero, or scale and offset, beside each other: `pairs`, (out, groups, 2).
+
+    Zeros are whole numbers below 256, exact in every type; scales stay in theirs, or go to float32.
+    """
+    if layer.pairs is None:
+        other = layer.offset
+        if other is None:
+            other = layer.codes_and_zero()[1].int() - (128 if layer.bits == 8 else 0)
+        both = torch.stack([layer.scale, other.to(layer.scale.dtype)], dim=-1)
+        both = both if both.dtype == torch.bfloat16 else both.float()
+        layer.pairs = both.expand(layer.out_features, -1, -1).contiguous()
+
+
+def multiply(layer: Any, x: Tensor) -> Tensor:
+    """x (rows, in) of bfloat16 or float32 times a prepared layer: (rows, out) in x's type.
+
+    Raises MemoryError if there is no room for a copy of x.
     """
     made = library()
-    assert made is not None, "no compiled kernels; see fits_compiled"
-    x, columns = x.contiguous(), x.shape[1]
-    y = x.new_empty(len(x), len(codes))
-    size = columns // pairs.shape[1]
-    pointers = (each.data_ptr() for each in (codes, pairs, x, y))
-    flags = pairs.dtype == torch.float32, offset, x.dtype == torch.bfloat16
-    if made.int4_rows(*pointers, len(x), len(codes), columns, size, *flags):
+    assert made is not None, "no compiled kernels; see fits"
+    x, pairs = x.contiguous(), layer.pairs
+    rows, columns = x.shape
+    y = x.new_empty(rows, layer.out_features)
+    pointers = layer.codes.data_ptr(), pairs.data_ptr(), x.data_ptr(), y.data_ptr()
+    sizes = rows, layer.out_features, columns, columns // pairs.shape[1]
+    wide, narrow = pairs.dtype == torch.float32, x.dtype == torch.bfloat16
+    if layer.bits == 4:
+        short = made.int4_rows(*pointers, *sizes, wide, layer.offset is not None, narrow)
+    else:
+        short = made.int8_rows(*pointers, *sizes, wide, narrow)
+    if short:
         raise MemoryError("no memory for the inputs of a product")
     return y

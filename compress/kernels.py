@@ -136,38 +136,6 @@ def int4pack(layer: Any, x: Tensor) -> Tensor:
     return y
 
 
-def fits_compiled(layer: Any, dtype: torch.dtype) -> bool:
-    """4 bits in equal groups, input of bfloat16 or float32, codes still in the file's order."""
-    return (
-        layer.bits == 4
-        and dtype in (torch.bfloat16, torch.float32)
-        and layer.codes.device.type == "cpu"
-        and layer.order is None
-        and layer.int4 is None
-        and layer.in_features % compiled.COLUMNS == 0
-        and layer.in_features % layer.group_size == 0
-        and layer.group_size % compiled.GROUP == 0
-        and compiled.library() is not None
-    )
-
-
-def prepare_compiled(layer: Any) -> None:
-    """Scale and zero, or scale and offset, beside each other: one read a group.
-
-    Zeros are whole numbers up to 15, exact in every type; scales stay in theirs, or go to float32.
-    """
-    if layer.pairs is None:
-        other = layer.codes_and_zero()[1] if layer.offset is None else layer.offset
-        both = torch.stack([layer.scale, other.to(layer.scale.dtype)], dim=-1)
-        both = both if both.dtype == torch.bfloat16 else both.float()
-        layer.pairs = both.expand(layer.out_features, -1, -1).contiguous()
-
-
-def compiled_int4(layer: Any, x: Tensor) -> Tensor:
-    """The kernel of int4_rows.c."""
-    return compiled.int4(layer.codes, layer.pairs, x, layer.offset is not None)
-
-
 def fits_int8pack(layer: Any, dtype: torch.dtype) -> bool:
     """8 bits with one scale a row, bfloat16.
 
@@ -207,7 +175,7 @@ def int8pack(layer: Any, x: Tensor) -> Tensor:
 
 
 FOR_WEIGHTS = (
-    Kernel("compiled int4", fits_compiled, compiled_int4, prepare_compiled, few=True),
+    Kernel("compiled", compiled.fits, compiled.multiply, compiled.prepare, few=True),
     Kernel("int4pack", fits_int4pack, int4pack, prepare_int4pack, few=True),
     Kernel("int8pack", fits_int8pack, int8pack, prepare_int8pack, few=True),
     Kernel("rebuild", fits_rebuild, lambda layer, x: rebuild(layer, x, x.dtype)),
@@ -291,6 +259,13 @@ def fits_onednn(layer: Any, dtype: torch.dtype) -> bool:
 
 
 FOR_INTEGERS = (
+    Kernel(
+        "compiled",
+        compiled.fits,
+        lambda layer, x: compiled.multiply(layer, x.float()),  # sums are not rounded to bfloat16
+        compiled.prepare,
+        few=True,
+    ),
     Kernel("int8pack", fits_int8pack, int8pack, prepare_int8pack, few=True),
     Kernel("onednn int8", fits_onednn, onednn),
     Kernel("int_mm", fits_int_mm, int_mm),

@@ -47,24 +47,6 @@ static void lay_out(chunk *chunks, const void *x, long in, long size, long pair,
   }
 }
 
-/* acc + what one half of a chunk gives; `plain` is inputs times codes. */
-INLINE floats finished(floats acc, floats plain, floats sums, const char *pair, int wide,
-                       int offset) {
-  floats scale, other;
-  if (wide) {
-    float both[2];
-    memcpy(both, pair, sizeof both);
-    scale = all(both[0]), other = all(both[1]);
-  } else {
-    uint32_t both;
-    memcpy(&both, pair, sizeof both);
-    integers bits = both - (integers){0};
-    scale = (floats)(bits << 16), other = (floats)(bits & 0xffff0000);
-  }
-  if (offset) return acc + plain * scale + sums * other;
-  return acc + (plain - sums * other) * scale;
-}
-
 /* ROWS rows from `start` on. wide, offset: constants where this is inlined, so that the loop has no
    branches. */
 INLINE void multiply(long start, const uint8_t *codes, const char *pairs, const chunk *chunks,

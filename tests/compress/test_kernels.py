@@ -34,8 +34,9 @@ def fitting(layer, dtype=torch.bfloat16):
 
 
 REBUILD = ["rebuild", "rebuild float32"]
-COMPILED = ["compiled int4"] if compiled.library() else []  # where there is a compiler
+COMPILED = ["compiled"] if compiled.library() else []  # where there is a compiler
 INT4 = [*COMPILED, "int4pack", *REBUILD]
+INT8 = [*COMPILED, "int8pack", *REBUILD]
 GRIDS = [(4, True), (4, False), (3, False), (2, True), (8, False)]
 
 
@@ -52,19 +53,19 @@ GRIDS = [(4, True), (4, False), (3, False), (2, True), (8, False)]
         (rtn(group_size=48), REBUILD),  # not a group of the kernel, which would crash, unchecked
         (rtn(columns=100), REBUILD),
         (rtn(dtype="float32"), [*COMPILED, *REBUILD]),  # scales that int4pack would round
-        (int8(), ["int8pack", *REBUILD]),
-        (int8(symmetric=False), ["int8pack", *REBUILD]),
+        (int8(), INT8),
+        (int8(symmetric=False), INT8),
         (
             Int8Weight(True, "tensor").quantize(random(96, 128, seed=0), None),
-            ["int8pack", *REBUILD],
+            INT8,
         ),
-        (int8(granularity="group"), REBUILD),
+        (int8(granularity="group"), [*COMPILED, *REBUILD]),
         (int8(columns=100), REBUILD),  # it reads 16 at a time
     ],
 )
 def test_what_kernels_take(layer, names):
     assert fitting(layer) == names
-    first = COMPILED if "compiled int4" in names else []
+    first = COMPILED if "compiled" in names else []
     assert fitting(layer, torch.float32) == [*first, "rebuild float32"]
 
 
@@ -72,8 +73,10 @@ def test_codes_that_a_kernel_would_crash_on_go_elsewhere():
     layer = Int8Weight().quantize(random(96, 128, seed=0), None)
     assert "int8pack" in fitting(layer)
     shifted = torch.empty(96 * 128 + 8, dtype=torch.int8)[8:].view(96, 128)
+    x, weight = random(1, 128, seed=1).bfloat16(), layer.weight(torch.float64)
     layer.codes = shifted.copy_(layer.codes)  # 8 bytes off: as in a memory-mapped file
-    assert fitting(layer) == REBUILD
+    assert fitting(layer) == [*COMPILED, *REBUILD]
+    assert relative(layer(x), x.double() @ weight.T) < 0.004
 
 
 @pytest.mark.parametrize("rows", [1, 7, 33])
@@ -121,18 +124,34 @@ def test_the_compiled_kernel_against_float64(kind, dtype, rows, columns, size):
     layer = QuantLinear.from_codes(
         *(codes, scale, zero, random(rows, seed=3), 4, size), dtype=dtype, offset=offset
     )
-    kernels.prepare_compiled(layer)
+    compiled.prepare(layer)
     for count in (1, 15):
         x = random(count, columns, seed=4)
         exact = x.double() @ layer.weight(torch.float64).T
-        assert relative(kernels.compiled_int4(layer, x), exact) < 1e-6
+        assert relative(compiled.multiply(layer, x), exact) < 1e-6
         x = x.bfloat16()
         exact = x.double() @ layer.weight(torch.float64).T
-        y = kernels.compiled_int4(layer, x)
+        y = compiled.multiply(layer, x)
         assert y.dtype == torch.bfloat16 and relative(y, exact) < 0.004
     x[0, 5] = torch.nan
-    y = kernels.compiled_int4(layer, x)
+    y = compiled.multiply(layer, x)
     assert y[0].isnan().all() and y[1:].isfinite().all()
+
+
+@pytest.mark.skipif(not COMPILED, reason="no C compiler on this machine")
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows, columns, size", [(7, 64, 32), (90, 192, 96), (33, 704, -1)])
+def test_the_compiled_kernel_for_8_bits_against_float64(symmetric, dtype, rows, columns, size):
+    codes = (random(rows, columns, seed=0) * 60 + 128).clamp(0, 255).to(torch.uint8)
+    scale = random(rows, 1 if size == -1 else columns // size, seed=1)
+    zero = None if symmetric else (scale * 60 + 128).clamp(0, 255)
+    layer = QuantLinear.from_codes(codes, scale, zero, None, 8, size, dtype=dtype)
+    compiled.prepare(layer)
+    x = random(15, columns, seed=4)
+    exact = x.double() @ layer.weight(torch.float64).T
+    assert relative(compiled.multiply(layer, x), exact) < 1e-6
+    assert relative(compiled.multiply(layer, x[:1].bfloat16()), exact[:1]) < 0.006
 
 
 @pytest.mark.skipif(not COMPILED, reason="no C compiler on this machine")
@@ -145,11 +164,11 @@ def test_rows_of_a_joined_layer_go_through_the_compiled_kernel():
         64,
         128,
     )
-    kernels.prepare_compiled(joined)
+    compiled.prepare(joined)
     x = random(2, 128, seed=5)
-    whole = kernels.compiled_int4(joined, x)
+    whole = compiled.multiply(joined, x)
     parts[1].look_into(joined, 64)
-    assert torch.equal(kernels.compiled_int4(parts[1], x), whole[:, 64:])
+    assert torch.equal(compiled.multiply(parts[1], x), whole[:, 64:])
 
 
 @pytest.mark.parametrize("rows", [16, 32, 48, 64, 90, 112, 257])
