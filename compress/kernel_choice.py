@@ -9,7 +9,6 @@ or two. What the file says is never trusted further than to name one of the kern
 import json
 import os
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -91,10 +90,10 @@ def shape_of(layer: Any) -> str:
 def measured(
     layer: Any, dtype: torch.dtype, rows: str, fitting: "Sequence[Kernel]"
 ) -> dict[str, float]:
-    """Microseconds that each kernel takes for `layer`, by name; a median.
+    """Microseconds that each kernel takes for `layer`, by name: the least of a few times.
 
-    A first look at all of them, then turns for those that may yet win, until PATIENCE is over:
-    a hopeless kernel at the shapes of a large model takes seconds.
+    What else the machine does can only add to a time. One that cannot win any more is not repeated,
+    nor is any beyond PATIENCE: at the shapes of a large model a hopeless kernel takes seconds.
     """
     x = torch.ones(MEASURED_ROWS[rows], layer.in_features, dtype=dtype, device=layer.codes.device)
     found: dict[str, float] = {}
@@ -102,13 +101,13 @@ def measured(
         twin = layer.twin() if kernel.few else layer  # preparing changes what a layer holds
         kernel.prepare(twin)
         first = _microseconds(kernel, twin, x)
-        samples = [first]  # the one to warm up, if there is time for no other
+        samples = [first]
         best = min(found.values(), default=first)
         while sum(samples) < PATIENCE and min(samples) < HOPELESS * best:
             samples.append(_microseconds(kernel, twin, x))
             if len(samples) > REPEATS[rows]:
                 break
-        found[kernel.name] = round(statistics.median(samples[1:] or samples), 1)
+        found[kernel.name] = round(min(samples), 1)
     return found
 
 
