@@ -2,7 +2,8 @@
 
 Follows `import` statements through our own packages only, by reading the files, without running
 them. Adding a method file therefore changes the hash of no other method. A package's
-`__init__.py` counts where something is imported from it, not where it is merely passed through.
+`__init__.py` counts where something is imported from it, not where it is merely passed through. A
+module that names the folder "native" depends on the C sources there.
 """
 
 import ast
@@ -56,5 +57,7 @@ def _imports(file: Path) -> list[Path]:
             for alias in node.names:  # a name in a package is a submodule or part of __init__
                 submodule = module_file(f"{node.module}.{alias.name}")
                 found.append(submodule or module_file(node.module))
+        elif isinstance(node, ast.Constant) and node.value == "native":
+            found += sorted((file.parent / "native").glob("*.[ch]"))
     found += [module_file(module) for module in modules]
     return [source for source in found if source]
