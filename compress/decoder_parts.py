@@ -42,7 +42,7 @@ class RmsNorm:
         """(..., width) -> the same."""
         both = torch.cat((x, -x), -1)
         y = torch.layer_norm(both, self.twice.shape, self.twice, None, self.eps)
-        return y.narrow(-1, 0, len(self.weight))
+        return y.narrow(-1, 0, len(self.weight)).contiguous()  # some libraries' kernels insist
 
 
 class GatedUnit:

@@ -179,3 +179,15 @@ def test_rms_norm_is_its_definition():
     x, weight = torch.randn(5, 24, dtype=torch.float64), torch.rand(24, dtype=torch.float64)
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
     torch.testing.assert_close(RmsNorm(weight, 1e-5)(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_layers_of_other_libraries_get_contiguous_inputs(model):
+    seen = []
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    runner = TorchRunner(model, own=False)
+    runner.logits(ids_of(2, 5))
+    _, cache = runner.prefill(ids_of(2, 5))
+    runner.decode(ids_of(2, 1), cache)
+    assert seen and all(x.is_contiguous() for x in seen)
