@@ -187,7 +187,7 @@ def test_layers_of_other_libraries_get_contiguous_inputs(model):
         if isinstance(layer, torch.nn.Linear):
             layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     runner = TorchRunner(model, own=False)
-    runner.logits(ids_of(2, 5))
-    _, cache = runner.prefill(ids_of(2, 5))
-    runner.decode(ids_of(2, 1), cache)
+    runner.logits(ids_of(1, 5))
+    _, cache = runner.prefill(ids_of(1, 5))
+    runner.decode(ids_of(1, 1), cache)
     assert seen and all(x.is_contiguous() for x in seen)
