@@ -12,7 +12,7 @@ run: $(READY)  ## the main job: compress smollm2-135m by several methods and pri
 	$(BIN)/python -m bench run --methods none,rtn,gptq,awq $(ARGS)
 
 test: $(READY)  ## all tests; the model of 93 MB is fetched once
-	@echo "Running the tests: about 6 minutes on 2 cores."
+	@echo "Running the tests: 6 to 20 minutes on 2 cores, by the processor."
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(READY)  ## style and types
