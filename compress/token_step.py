@@ -32,15 +32,18 @@ def takes(decoder: "Decoder") -> bool:
 
 def _is_plain(norm: Any, dtype: torch.dtype) -> bool:
     """Whether `norm` is known to be the one that C computes, over a width that C takes."""
-    weight = getattr(norm, "weight", None)
-    return (
-        isinstance(norm, torch.nn.LayerNorm | RmsNorm)
-        and isinstance(weight, Tensor)
-        and weight.dtype == dtype
+    if not isinstance(norm, torch.nn.LayerNorm | RmsNorm):
+        return False
+    parts = [getattr(norm, name, None) for name in ("weight", "bias")]
+    return isinstance(parts[0], Tensor) and all(
+        part.dtype == dtype
         and dtype in (torch.bfloat16, torch.float32)
-        and weight.device.type == "cpu"
-        and weight.ndim == 1
-        and len(weight) % 8 == 0
+        and part.device.type == "cpu"
+        and part.is_contiguous()
+        and part.ndim == 1
+        and len(part) % 8 == 0
+        for part in parts
+        if part is not None
     )
 
 
@@ -65,7 +68,8 @@ def add_norm(x: Tensor, delta: Tensor | None, norm: Any) -> Tensor:
     """x += delta in place, then its norm: (..., width) -> the same."""
     y, bias = torch.empty_like(x), getattr(norm, "bias", None)
     width = x.shape[-1]
-    delta = None if delta is None else delta.contiguous()
+    if delta is not None:  # other libraries' layers may answer in another type
+        delta = delta.to(x.dtype).reshape(x.shape).contiguous()
     tensors = (x, delta, norm.weight, bias, y)
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     _library().add_norm(*pointers, x.numel() // width, width, norm.eps, _bfloat16(x))
@@ -88,7 +92,8 @@ def attend(decoder: "Decoder", qkv: Tensor, angles: Any, held: Tensor, before: i
     room for the scores.
     """
     _, batch, _, room, width = held.shape
-    qkv = qkv.contiguous()
+    rows = (decoder.heads + 2 * decoder.key_heads) * width
+    qkv = qkv.to(held.dtype).reshape(batch, 1, rows).contiguous()
     y = qkv.new_empty(batch, 1, decoder.heads * width)
     cos, sin = (None, None) if angles is None else (part.data_ptr() for part in angles)
     sizes = batch, decoder.heads, decoder.key_heads, width, room, before

@@ -131,3 +131,22 @@ def test_bfloat16_is_no_further_from_the_truth_than_torch(name, request, monkeyp
     mine = error()
     monkeypatch.setattr(token_step, "takes", lambda decoder: False)
     assert mine < 1.2 * error()
+
+
+def test_what_layers_answer_in_another_type_or_shape_is_not_read_beyond_its_end():
+    x, norm = random(1, 1, 64, seed=0, dtype=torch.bfloat16), RmsNorm(torch.ones(64).bfloat16(), 0)
+    delta = random(1, 1, 64, seed=1, dtype=torch.float32)
+    mine = x.clone()
+    token_step.add_norm(mine, delta, norm)
+    assert torch.equal(mine, x + delta.bfloat16())
+    decoder = SimpleNamespace(heads=2, key_heads=1, scale=1.0)
+    held = random(2, 1, 1, 8, 16, seed=2, dtype=torch.bfloat16)
+    qkv = random(1, 1, 64, seed=3, dtype=torch.float32)
+    wide, narrow = (
+        token_step.attend(decoder, each, None, held.clone(), 3) for each in (qkv, qkv.bfloat16())
+    )
+    assert wide.dtype == torch.bfloat16 and torch.equal(wide, narrow)
+    with pytest.raises(RuntimeError):
+        token_step.attend(decoder, qkv[..., :48], None, held, 3)
+    with pytest.raises(RuntimeError):
+        token_step.add_norm(x, delta[..., :32], norm)
