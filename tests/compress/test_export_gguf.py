@@ -349,7 +349,7 @@ def test_smollm2_with_its_tokenizer(smollm2, token_ids, tmp_path):
     assert header.metadata["tokenizer.ggml.add_bos_token"] is False
     assert "<|im_start|>" in header.metadata["tokenizer.chat_template"]
     read = export.read(tmp_path / "out")
-    ids = token_ids[:1, :8]
+    ids = token_ids[:1, :16]  # as many as rebuild the weight: fewer add offsets in another order
     assert torch.equal(logits(read, ids), logits(in_float32(model), ids))
 
 
