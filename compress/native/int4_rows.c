@@ -8,12 +8,10 @@
    that is masked where it stands is 16^k times too large: its input is 16^k times smaller instead,
    which is exact. The inputs are laid out once a call so that input and code meet. */
 
-#include "vectors.h"
+#include "rows.h"
 
 #define CODES 8 /* in one integer */
 #define BYTES 32
-#define ROWS 2 /* share the loaded inputs; rows lie one after the other in memory */
-#define AHEAD 2048 /* bytes: what is wanted soon; measured, 15 to 20 % */
 
 typedef struct {
   floats codes[CODES]; /* inputs, in the order in which the masks cut out codes */
@@ -49,24 +47,19 @@ static void lay_out(chunk *chunks, const void *x, long in, long size, long pair,
 
 /* ROWS rows from `start` on. wide, offset: constants where this is inlined, so that the loop has no
    branches. */
-INLINE void multiply(long start, const uint8_t *codes, const char *pairs, const chunk *chunks,
+INLINE void multiply(long start, const char *codes, const char *pairs, const chunk *chunks,
                      void *y, long count, long out, long in, long groups, int wide, int offset,
                      int bfloat16) {
-  long half = in / 2, parts = half / BYTES, width = groups * (wide ? 8 : 4);
-  const uint8_t *row[ROWS];
-  const char *pair[ROWS];
-  for (int r = 0; r < ROWS; r++) { /* the last row stands in for rows that are not there */
-    long number = start + r < out ? start + r : out - 1;
-    row[r] = codes + number * half, pair[r] = pairs + number * width;
-  }
+  long half = in / 2, parts = half / BYTES;
+  rows from = rows_from(start, out, codes, half, pairs, groups, wide);
   for (long t = 0; t < count; t++) {
     floats acc[ROWS] = {{0}};
     for (long part = 0; part < parts; part++) {
       const chunk *c = chunks + t * parts + part;
       for (int r = 0; r < ROWS; r++) {
         integers v;
-        memcpy(&v, row[r] + part * BYTES, BYTES);
-        __builtin_prefetch(row[0] + (part * ROWS + r) * BYTES + AHEAD);
+        memcpy(&v, from.codes[r] + part * BYTES, BYTES);
+        fetch(&from, part * ROWS + r, BYTES);
         floats low = converted(v & 0xf) * c->codes[0];
         floats high = converted(v & 0xf0) * c->codes[1];
         low += converted(v & 0xf00) * c->codes[2];
@@ -75,12 +68,11 @@ INLINE void multiply(long start, const uint8_t *codes, const char *pairs, const 
         high += converted(v & 0xf00000) * c->codes[5];
         low += converted(v & 0xf000000) * c->codes[6];
         high += converted(v >> 28) * c->codes[7];
-        acc[r] = finished(acc[r], low, c->sums[0], pair[r] + c->pairs[0], wide, offset);
-        acc[r] = finished(acc[r], high, c->sums[1], pair[r] + c->pairs[1], wide, offset);
+        acc[r] = finished(acc[r], low, c->sums[0], from.pairs[r] + c->pairs[0], wide, offset);
+        acc[r] = finished(acc[r], high, c->sums[1], from.pairs[r] + c->pairs[1], wide, offset);
       }
     }
-    for (int r = 0; r < ROWS && start + r < out; r++)
-      store_one(y, t * out + start + r, total(acc[r]), bfloat16);
+    store_rows((char *)y + t * out * (bfloat16 ? 2 : 4), start, out, acc, bfloat16);
   }
 }
 
@@ -93,7 +85,7 @@ int int4_rows(const void *codes, const void *pairs, const void *x, void *y, long
   chunk *chunks = aligned_alloc(sizeof(floats), count * parts * sizeof(chunk));
   if (chunks == NULL) return 1;
   for (long t = 0; t < count; t++)
-    lay_out(chunks + t * parts, (const char *)x + t * bytes, in, size, wide ? 8 : 4, bfloat16);
+    lay_out(chunks + t * parts, (const char *)x + t * bytes, in, size, pair_bytes(wide), bfloat16);
 #define MULTIPLY(wide, offset) \
   multiply(start, codes, pairs, chunks, y, count, out, in, in / size, wide, offset, bfloat16)
 #pragma omp parallel for schedule(static)

@@ -1,12 +1,10 @@
 /* A few vectors times rows of 8-bit codes in equal groups; see int4_rows.c, which is the same for
    codes of 4 bits. Here codes are signed bytes, one after the other. */
 
-#include "vectors.h"
+#include "rows.h"
 
 #define PARTS 4
 #define BYTES (PARTS * LANES)
-#define ROWS 2
-#define AHEAD 4096
 
 typedef int8_t bytes __attribute__((vector_size(LANES)));
 
@@ -16,33 +14,27 @@ typedef struct {
   int64_t pair; /* where their group's pair is, in bytes from the row's first */
 } chunk;
 
-INLINE void multiply(long start, const int8_t *codes, const char *pairs, const chunk *chunks,
+INLINE void multiply(long start, const char *codes, const char *pairs, const chunk *chunks,
                      void *y, long count, long out, long in, long groups, int wide, int bfloat16) {
-  long parts = in / BYTES, width = groups * (wide ? 8 : 4);
-  const int8_t *row[ROWS];
-  const char *pair[ROWS];
-  for (int r = 0; r < ROWS; r++) { /* the last row stands in for rows that are not there */
-    long number = start + r < out ? start + r : out - 1;
-    row[r] = codes + number * in, pair[r] = pairs + number * width;
-  }
+  long parts = in / BYTES;
+  rows from = rows_from(start, out, codes, in, pairs, groups, wide);
   for (long t = 0; t < count; t++) {
     floats acc[ROWS] = {{0}};
     for (long part = 0; part < parts; part++) {
       const chunk *c = chunks + t * parts + part;
       for (int r = 0; r < ROWS; r++) {
-        __builtin_prefetch(row[0] + (part * ROWS + r) * BYTES + AHEAD);
+        fetch(&from, part * ROWS + r, BYTES);
         floats plain = {0};
         for (int p = 0; p < PARTS; p++) {
           bytes v;
-          memcpy(&v, row[r] + part * BYTES + p * LANES, sizeof v);
+          memcpy(&v, from.codes[r] + part * BYTES + p * LANES, sizeof v);
           plain += __builtin_convertvector(__builtin_convertvector(v, signed_integers), floats) *
                    c->inputs[p];
         }
-        acc[r] = finished(acc[r], plain, c->sum, pair[r] + c->pair, wide, 0);
+        acc[r] = finished(acc[r], plain, c->sum, from.pairs[r] + c->pair, wide, 0);
       }
     }
-    for (int r = 0; r < ROWS && start + r < out; r++)
-      store_one(y, t * out + start + r, total(acc[r]), bfloat16);
+    store_rows((char *)y + t * out * (bfloat16 ? 2 : 4), start, out, acc, bfloat16);
   }
 }
 
@@ -57,7 +49,7 @@ int int8_rows(const void *codes, const void *pairs, const void *x, void *y, long
   for (long number = 0; number < count * parts; number++) {
     long part = number % parts;
     chunks[number].sum = (floats){0};
-    chunks[number].pair = part * BYTES / size * (wide ? 8 : 4);
+    chunks[number].pair = part * BYTES / size * pair_bytes(wide);
     for (int p = 0; p < PARTS; p++) {
       chunks[number].inputs[p] = load(x, number * BYTES + p * LANES, bfloat16);
       chunks[number].sum += chunks[number].inputs[p];

@@ -51,30 +51,3 @@ INLINE float total(floats x) {
   h[0] += h[1];
   return (h[0][0] + h[0][1]) + (h[0][2] + h[0][3]);
 }
-
-INLINE void store_one(void *to, long at, float x, int bfloat16) {
-  float room[LANES];
-  store(room, 0, all(x), bfloat16);
-  long width = bfloat16 ? 2 : 4;
-  memcpy((char *)to + at * width, room, width);
-}
-
-/* acc + what some inputs of one group give: `plain` is inputs times codes, `sums` inputs alone. The
-   group's pair is scale and zero, or scale and offset: (code - zero) * scale, code * scale + offset.
-   Two bfloat16 or, if `wide`, two float32. */
-INLINE floats finished(floats acc, floats plain, floats sums, const char *pair, int wide,
-                       int offset) {
-  floats scale, other;
-  if (wide) {
-    float both[2];
-    memcpy(both, pair, sizeof both);
-    scale = all(both[0]), other = all(both[1]);
-  } else {
-    uint32_t both;
-    memcpy(&both, pair, sizeof both);
-    integers bits = both - (integers){0};
-    scale = (floats)(bits << 16), other = (floats)(bits & 0xffff0000);
-  }
-  if (offset) return acc + plain * scale + sums * other;
-  return acc + (plain - sums * other) * scale;
-}
