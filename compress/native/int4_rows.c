@@ -36,7 +36,7 @@ static void lay_out(chunk *chunks, const void *x, long in, long size, long pair,
         float factor = k < 7 ? 1.0f / (float)(1u << 4 * k) : 1.0f; /* 7 is shifted instead */
         for (int lane = 0; lane < LANES; lane++) {
           long j = start + 4 * lane + byte;
-          float value = bfloat16 ? from_bfloat16(((const uint16_t *)x)[j]) : ((const float *)x)[j];
+          float value = load_one(x, j, bfloat16);
           chunks->codes[k][lane] = value * factor;
           chunks->sums[high][lane] += value;
         }

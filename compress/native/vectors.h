@@ -15,11 +15,12 @@ typedef uint16_t shorts __attribute__((vector_size(2 * LANES)));
 
 INLINE floats all(float x) { return x - (floats){0}; }
 
-INLINE float from_bfloat16(uint16_t bits) {
-  uint32_t wide = (uint32_t)bits << 16;
-  float value;
-  memcpy(&value, &wide, 4);
-  return value;
+INLINE float load_one(const void *from, long at, int bfloat16) {
+  if (!bfloat16) return ((const float *)from)[at];
+  uint32_t bits = (uint32_t)((const uint16_t *)from)[at] << 16;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
 }
 
 INLINE floats load(const void *from, long at, int bfloat16) {
