@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comparing import relative
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import compress
@@ -19,10 +20,6 @@ def model(request):
 
 def ids_of(batch, tokens, seed=0):
     return torch.randint(0, 257, (batch, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 @torch.no_grad()

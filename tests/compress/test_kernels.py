@@ -5,20 +5,13 @@ import shutil
 
 import pytest
 import torch
+from comparing import random, relative
 
 from compress import compiled, int4_layout, kernel_choice, kernels
 from compress.methods.dynamic import Dynamic
 from compress.methods.int8_weight import Int8Weight
 from compress.methods.rtn import Rtn
 from compress.quant_linear import QuantLinear
-
-
-def random(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 def rtn(rows=96, columns=128, **settings):
@@ -119,7 +112,7 @@ def test_a_compiler_gives_the_compiled_kernels(tmp_path, monkeypatch):
 @pytest.mark.parametrize("rows, columns, size", [(7, 64, 64), (90, 192, 96), (33, 704, 32)])
 def test_the_compiled_kernel_against_float64(kind, dtype, rows, columns, size):
     codes = (random(rows, columns, seed=0) * 3 + 8).clamp(0, 15).to(torch.uint8)
-    scale, zero = random(rows, columns // size, seed=1), None
+    scale = random(rows, columns // size, seed=1)
     zero = (scale * 3 + 8).clamp(0, 15) if kind == "zeros" else None
     offset = random(*scale.shape, seed=2) if kind == "offset" else None
     layer = QuantLinear.from_codes(
@@ -157,7 +150,7 @@ def test_the_compiled_kernel_for_8_bits_against_float64(symmetric, dtype, rows, 
 
 @pytest.mark.skipif(not COMPILED, reason="no C compiler on this machine")
 def test_rows_of_a_joined_layer_go_through_the_compiled_kernel():
-    parts = [rtn(rows=64), rtn(rows=32, symmetric=False)]
+    parts = [rtn(rows=64), Rtn().quantize(random(32, 128, seed=6), None)]
     joined = QuantLinear(
         *(torch.cat(each) for each in zip(*(part.per_row()[:3] for part in parts), strict=True)),
         None,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comparing import random, relative
 
 from compress.checkpoint import LAYER_KINDS
 from compress.kernel_choice import FEW_ROWS
@@ -11,16 +12,8 @@ from compress.methods.rtn import Rtn
 from compress.quant_linear import QuantLinear
 
 
-def random(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def weight(rows=96, columns=128):
     return random(rows, columns, seed=0)
-
-
-def relative(a, b):
-    return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
 @pytest.mark.parametrize("columns", [128, 100])  # 100: the last group is short

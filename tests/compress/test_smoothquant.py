@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comparing import relative
 
 import compress
 from compress import calibrate, checkpoint
@@ -10,10 +11,6 @@ from compress.folding import own_weights
 from compress.methods.smoothquant import SmoothQuant
 
 IDS = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
-
-
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 def test_factors_by_hand():

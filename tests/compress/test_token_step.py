@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from comparing import random, relative
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,14 +16,6 @@ TYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 0.004}
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C compiler on this machine")
-
-
-def random(*shape, seed, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def relative(a, b):
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 @pytest.mark.parametrize("dtype", TYPES)
