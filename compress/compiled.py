@@ -59,6 +59,13 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+def loaded() -> ctypes.CDLL:
+    """The compiled kernels, where `library` has said that there are any."""
+    made = library()
+    assert made is not None, "no compiled kernels; ask `library` first"
+    return made
+
+
 def _compiled(compiler: str, sources: list[Path], openmp: list[Path]) -> Path:
     """The library's file, made if it is not in the cache."""
     texts = [file.read_text() for file in sorted(FOLDER.glob("*.[ch]"))]
@@ -107,7 +114,7 @@ def prepare(layer: Any) -> None:
     if layer.pairs is None:
         other = layer.offset
         if other is None:
-            other = layer.codes_and_zero()[1].int() - (128 if layer.bits == 8 else 0)
+            other = layer.zeros().int() - (128 if layer.bits == 8 else 0)
         both = torch.stack([layer.scale, other.to(layer.scale.dtype)], dim=-1)
         both = both if both.dtype == torch.bfloat16 else both.float()
         layer.pairs = both.expand(layer.out_features, -1, -1).contiguous()
@@ -118,8 +125,6 @@ def multiply(layer: Any, x: Tensor) -> Tensor:
 
     Raises MemoryError if there is no room for a copy of x.
     """
-    made = library()
-    assert made is not None, "no compiled kernels; see fits"
     x, pairs = x.contiguous(), layer.pairs
     rows, columns = x.shape
     y = x.new_empty(rows, layer.out_features)
@@ -127,9 +132,9 @@ def multiply(layer: Any, x: Tensor) -> Tensor:
     sizes = rows, layer.out_features, columns, columns // pairs.shape[1]
     wide, narrow = pairs.dtype == torch.float32, x.dtype == torch.bfloat16
     if layer.bits == 4:
-        short = made.int4_rows(*pointers, *sizes, wide, layer.offset is not None, narrow)
+        short = loaded().int4_rows(*pointers, *sizes, wide, layer.offset is not None, narrow)
     else:
-        short = made.int8_rows(*pointers, *sizes, wide, narrow)
+        short = loaded().int8_rows(*pointers, *sizes, wide, narrow)
     if short:
         raise MemoryError("no memory for the inputs of a product")
     return y

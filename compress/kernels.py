@@ -106,7 +106,7 @@ def prepare_int4pack(layer: Any) -> None:
         return
     size = int4_group(layer)
     assert size is not None
-    zero = layer.codes_and_zero()[1]
+    zero = layer.zeros()
     layer.hold_int4()
     owner = torch.arange(0, layer.in_features, size) // layer.group_size
     scale = layer.scale[:, owner].expand(layer.out_features, -1)
@@ -160,7 +160,7 @@ def prepare_int8pack(layer: Any) -> None:
         scale = layer.scale[:, 0].expand(layer.out_features).contiguous()
         shift = None
         if layer.zero is not None:
-            zero = layer.codes_and_zero()[1][:, 0]
+            zero = layer.zeros()[:, 0]
             shift = (128 - zero.float()).mul(layer.scale[:, 0].float()).expand(len(scale))
         layer.int8 = scale, shift
 

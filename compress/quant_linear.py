@@ -1,9 +1,10 @@
 """Linear layers whose weights are stored as codes: what a compressed checkpoint is made of.
 
 `QuantLinear` keeps its codes packed (4-bit is 4 bits in memory and on disk) and means exactly
-scale * (code - zero). Few rows of input (decoding) go through torch's own int4 / int8 kernels
-where the layer's shape and grid fit them; many rows (prefill, evaluation), and every grid that
-no kernel takes, go through the reference path: rebuild the weight, then one plain matrix product.
+scale * (code - zero). Few rows of input (decoding) are multiplied by the codes themselves, by the
+kernel of kernels.py that is fastest for the layer's shape and grid; many rows (prefill,
+evaluation), and every grid that no kernel takes, go through the reference path: rebuild the weight
+piece by piece, then a plain matrix product.
 """
 
 from typing import Any, Self
@@ -148,10 +149,14 @@ class QuantLinear(nn.Module):
             codes = unpack(self.codes, self.bits, self.in_features)
         else:
             codes = int4_layout.unpack(self.codes, 0, self.out_features).T - self._raised()
+        return codes, self.zeros()
+
+    def zeros(self) -> Tensor:
+        """Zero (out or 1, groups), uint8: the middle where the grid is symmetric, 0 with offsets."""
         if self.zero is not None:
-            return codes, unpack(self.zero, self.bits, self.scale.shape[1])
+            return unpack(self.zero, self.bits, self.scale.shape[1])
         zero = 0 if self.offset is not None else 2 ** (self.bits - 1)
-        return codes, torch.full_like(self.scale, zero, dtype=torch.uint8)
+        return torch.full_like(self.scale, zero, dtype=torch.uint8)
 
     def hold_int4(self) -> None:
         """Hold the codes as the int4 kernel wants them, instead of the file's way.
@@ -174,7 +179,7 @@ class QuantLinear(nn.Module):
 
     def per_row(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Codes, scale, zero (also where it is the middle) and offset (0 for none), a row each."""
-        zero = pack(self.codes_and_zero()[1], self.bits)
+        zero = pack(self.zeros(), self.bits)
         offset = torch.zeros_like(self.scale) if self.offset is None else self.offset
         scale, zero, offset = (x.expand(self.out_features, -1) for x in (self.scale, zero, offset))
         return self.state_dict()["codes"], scale, zero, offset

@@ -72,7 +72,7 @@ def add_norm(x: Tensor, delta: Tensor | None, norm: Any) -> Tensor:
         delta = delta.to(x.dtype).reshape(x.shape).contiguous()
     tensors = (x, delta, norm.weight, bias, y)
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    _library().add_norm(*pointers, x.numel() // width, width, norm.eps, _bfloat16(x))
+    compiled.loaded().add_norm(*pointers, x.numel() // width, width, norm.eps, _bfloat16(x))
     return y
 
 
@@ -81,7 +81,7 @@ def gate(x: Tensor) -> Tensor:
     x = x.contiguous()
     inner = x.shape[-1] // 2
     y = x.new_empty(*x.shape[:-1], inner)
-    _library().gate(x.data_ptr(), y.data_ptr(), y.numel() // inner, inner, _bfloat16(x))
+    compiled.loaded().gate(x.data_ptr(), y.data_ptr(), y.numel() // inner, inner, _bfloat16(x))
     return y
 
 
@@ -98,14 +98,10 @@ def attend(decoder: "Decoder", qkv: Tensor, angles: Any, held: Tensor, before: i
     cos, sin = (None, None) if angles is None else (part.data_ptr() for part in angles)
     sizes = batch, decoder.heads, decoder.key_heads, width, room, before
     pointers = qkv.data_ptr(), cos, sin, held.data_ptr(), y.data_ptr()
-    if _library().attend(*pointers, *sizes, decoder.scale, _bfloat16(qkv)):
+    if compiled.loaded().attend(*pointers, *sizes, decoder.scale, _bfloat16(qkv)):
         raise MemoryError("no memory for the scores of attention")
     return y
 
 
 def _bfloat16(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
-
-
-def _library() -> Any:
-    return compiled.library()
