@@ -20,8 +20,8 @@ class Int8DynamicLinear(QuantLinear):
     """int8 weights, one symmetric scale a row, times int8 inputs, one scale a token.
 
     Inputs are quantized as they come, asymmetrically: x = input_scale * (code - input_zero). The
-    product is one of whole numbers, by a kernel of FOR_INTEGERS: in integers of 32 bits, exact up to
-    66,000 inputs, or in float32.
+    product is one of whole numbers, by a kernel of FOR_INTEGERS: in integers of 32 bits, exact up
+    to 66,000 inputs, or in float32.
     """
 
     kind = "int8_dynamic"

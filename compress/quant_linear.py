@@ -152,7 +152,7 @@ class QuantLinear(nn.Module):
         return codes, self.zeros()
 
     def zeros(self) -> Tensor:
-        """Zero (out or 1, groups), uint8: the middle where the grid is symmetric, 0 with offsets."""
+        """Zero (out or 1, groups), uint8: the middle of a symmetric grid, 0 beside offsets."""
         if self.zero is not None:
             return unpack(self.zero, self.bits, self.scale.shape[1])
         zero = 0 if self.offset is not None else 2 ** (self.bits - 1)
@@ -161,8 +161,10 @@ class QuantLinear(nn.Module):
     def hold_int4(self) -> None:
         """Hold the codes as the int4 kernel wants them, instead of the file's way.
 
-        Codes of 2 and 3 bits are raised, so that the middle is 8 for all.
+        Codes of 2 and 3 bits are raised, so that the middle is 8 for all. Kernels that were chosen
+        for the other way, for another type of input, are forgotten.
         """
+        self.chosen.clear()
         self.codes = int4_layout.pack(self.codes_and_zero()[0] + self._raise())
 
     def _raise(self) -> int:

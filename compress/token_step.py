@@ -24,6 +24,7 @@ def takes(decoder: "Decoder") -> bool:
     norms = [norm for block in decoder.blocks for norm in (block.norm1, block.norm2)]
     return (
         all(_is_plain(norm, decoder.dtype) for norm in [*norms, decoder.norm])
+        and decoder.heads % decoder.key_heads == 0
         and decoder.width % 16 == 0
         and decoder.width <= WIDEST
         and compiled.library() is not None
@@ -32,18 +33,17 @@ def takes(decoder: "Decoder") -> bool:
 
 def _is_plain(norm: Any, dtype: torch.dtype) -> bool:
     """Whether `norm` is known to be the one that C computes, over a width that C takes."""
-    if not isinstance(norm, torch.nn.LayerNorm | RmsNorm):
-        return False
-    parts = [getattr(norm, name, None) for name in ("weight", "bias")]
-    return isinstance(parts[0], Tensor) and all(
-        part.dtype == dtype
+    names = {torch.nn.LayerNorm: ("weight", "bias"), RmsNorm: ("weight",)}.get(type(norm))
+    parts = [getattr(norm, name) for name in names or ()]
+    return bool(parts) and all(
+        part is not None
+        and part.dtype == dtype
         and dtype in (torch.bfloat16, torch.float32)
         and part.device.type == "cpu"
         and part.is_contiguous()
         and part.ndim == 1
         and len(part) % 8 == 0
         for part in parts
-        if part is not None
     )
 
 
@@ -59,7 +59,9 @@ def step(decoder: "Decoder", x: Tensor, cache: "Cache") -> Tensor:
         qkv = block.qkv(add_norm(x, delta, block.norm1))
         delta = block.out(attend(decoder, qkv, angles, held, cache.length - 1))
         up = block.up(add_norm(x, delta, block.norm2))
-        gated = isinstance(block.inner, GatedUnit) and up.shape[-1] % 16 == 0
+        gated = (
+            isinstance(block.inner, GatedUnit) and up.shape[-1] % 16 == 0 and up.dtype == x.dtype
+        )
         delta = block.down(gate(up) if gated else block.inner(up))
     return add_norm(x, delta, decoder.norm)
 
@@ -88,12 +90,16 @@ def gate(x: Tensor) -> Tensor:
 def attend(decoder: "Decoder", qkv: Tensor, angles: Any, held: Tensor, before: int) -> Tensor:
     """(batch, 1, rows of qkv) -> (batch, 1, heads * width); enters key and value into `held`.
 
-    before: tokens in `held`, (2, batch, key heads, room, width). Raises MemoryError if there is no
-    room for the scores.
+    before: tokens in `held`, (2, batch, key heads, room, width). Raises ValueError if the
+    angles are not a head's, MemoryError if there is no room for the scores.
     """
     _, batch, _, room, width = held.shape
     rows = (decoder.heads + 2 * decoder.key_heads) * width
     qkv = qkv.to(held.dtype).reshape(batch, 1, rows).contiguous()
+    if angles is not None and any(
+        part.shape[-1] != width or part.dtype != held.dtype for part in angles
+    ):
+        raise ValueError(f"rotary angles are not {width} numbers of {held.dtype} a position")
     y = qkv.new_empty(batch, 1, decoder.heads * width)
     cos, sin = (None, None) if angles is None else (part.data_ptr() for part in angles)
     sizes = batch, decoder.heads, decoder.key_heads, width, room, before

@@ -50,9 +50,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         rows = {PARENT: start(PARENT, parent, options)}
         for method in split_outside_brackets(options.methods):
-            folder = (options.artefacts or Path(scratch)) / quote(
-                f"{options.model} {method}", safe=""
-            )
+            name = quote(f"{options.model} {method}", safe="")
+            folder = (options.artefacts or Path(scratch)) / name
             if not folder.exists():
                 command = [sys.executable, "-m", "bench", "compress", method, str(folder)]
                 subprocess.run([*command, "--model", options.model], check=True, cwd=ROOT)

@@ -165,6 +165,22 @@ def test_rows_of_a_joined_layer_go_through_the_compiled_kernel():
     assert torch.equal(compiled.multiply(parts[1], x), whole[:, 64:])
 
 
+@pytest.mark.skipif(not COMPILED, reason="no C compiler on this machine")
+def test_a_layer_that_another_type_laid_out_anew_is_still_the_same(monkeypatch):
+    fastest = {torch.float32: "compiled", torch.bfloat16: "int4pack"}
+
+    def remembered(layer, dtype, rows, fitting):
+        return next((each for each in fitting if each.name == fastest[dtype]), fitting[-1])
+
+    monkeypatch.setattr(kernel_choice, "_remembered", remembered)
+    layer, x = rtn(), random(1, 128, seed=7)
+    exact = x.double() @ layer.weight(torch.float64).T
+    assert relative(layer(x), exact) < 1e-6 and layer.kernel(1, torch.float32) == "compiled"
+    layer(x.bfloat16())
+    assert layer.int4 is not None
+    assert relative(layer(x), exact) < 1e-6 and layer.kernel(1, torch.float32) == "rebuild float32"
+
+
 @pytest.mark.parametrize("rows", [16, 32, 48, 64, 90, 112, 257])
 def test_the_order_of_int4_codes_is_torchs(rows):
     codes = torch.randint(0, 16, (rows, 64), dtype=torch.uint8)

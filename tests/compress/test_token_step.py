@@ -1,5 +1,6 @@
 """token_step: the compiled functions against float64, at the edges of what exponentials can do."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -110,6 +111,32 @@ def test_what_is_taken(tiny_llama, tiny_gpt2):
             assert token_step.NAME not in runner.kernels(2)
 
 
+def test_what_is_not_taken(tiny_gpt2):
+    decoder = TorchRunner(checkpoint.load(tiny_gpt2)).decoder
+    assert token_step.takes(decoder)
+    for changes in (
+        dict(key_heads=3),  # of 4 heads
+        dict(key_heads=8),
+        dict(width=24),
+        dict(width=1024),
+        dict(norm=nn.LayerNorm(64, bias=False)),  # C would not subtract the mean
+        dict(norm=nn.LayerNorm(64, elementwise_affine=False)),
+        dict(norm=type("Own", (nn.LayerNorm,), {})(64)),
+        dict(norm=nn.LayerNorm(60)),
+    ):
+        assert not token_step.takes(replace(decoder, **changes)), changes
+
+
+def test_a_gate_of_another_type_is_left_to_torch(tiny_llama, monkeypatch):
+    runner = TorchRunner(checkpoint.load(tiny_llama))
+    half = [replace(b, up=lambda x, up=b.up: up(x).half()) for b in runner.decoder.blocks]
+    half = [replace(b, down=lambda x, down=b.down: down(x.float())) for b in half]
+    found = []
+    for decoder in (runner.decoder, replace(runner.decoder, blocks=half)):
+        found.append(decoder.forward(torch.tensor([[7]])))
+    assert relative(found[1], found[0]) < 0.01
+
+
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
 def test_bfloat16_is_no_further_from_the_truth_than_torch(name, request, monkeypatch):
     ids = torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -141,5 +168,8 @@ def test_what_layers_answer_in_another_type_or_shape_is_not_read_beyond_its_end(
     assert wide.dtype == torch.bfloat16 and torch.equal(wide, narrow)
     with pytest.raises(RuntimeError):
         token_step.attend(decoder, qkv[..., :48], None, held, 3)
+    for angle in (torch.ones(1, 1, 8).bfloat16(), torch.ones(1, 1, 16)):
+        with pytest.raises(ValueError, match="rotary angles are not 16 numbers"):
+            token_step.attend(decoder, qkv, (angle, angle), held, 3)
     with pytest.raises(RuntimeError):
         token_step.add_norm(x, delta[..., :32], norm)
