@@ -48,7 +48,7 @@ class PeerRunner(TorchRunner):
 
     def kernels(self, rows: int) -> list[str]:
         """See Runner."""
-        return [self.library]
+        return [self.library, *self.step_name(rows)]
 
 
 class WholeLogits:

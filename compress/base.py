@@ -152,13 +152,16 @@ class TorchRunner:
             return self.decoder.head(self.decoder.forward(ids, cache)[:, -1])
         return self.model(ids, past_key_values=cache, use_cache=True).logits[:, -1]
 
+    def step_name(self, rows: int) -> list[str]:
+        """What a single token goes through around the layers, if not torch."""
+        compiled = rows == 1 and self.decoder and self.decoder.steps_compiled
+        return [token_step.NAME] if compiled else []
+
     def kernels(self, rows: int) -> list[str]:
         """See Runner. Layers of ours name their kernel; plain ones are named by their type."""
         dtype = model_dtype(self.model)
         layers = self.decoder.linears() if self.decoder else self.model.modules()
-        names = set()
-        if rows == 1 and self.decoder and self.decoder.steps_compiled:
-            names.add(token_step.NAME)
+        names = set(self.step_name(rows))
         for layer in layers:
             if hasattr(layer, "kernel"):
                 names.add(layer.kernel(rows, dtype))

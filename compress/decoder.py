@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress import token_step
-from compress.decoder_parts import GatedUnit, RmsNorm, Rotary
+from compress.decoder_parts import GatedUnit, Gelu, RmsNorm, Rotary
 from compress.fuse import fused
+from compress.kernel_choice import FEW_ROWS
 
 Layer = Callable[[Tensor], Tensor]
 ROOM = 128  # tokens that a new cache has room for beyond the prompt
@@ -36,6 +37,7 @@ class Cache:
         self.shape = (2, batch, heads, width)
         self.dtype = dtype
         self.length = self.room = 0
+        self.step: Any = None  # see token_step.py
         self.blocks = [torch.empty(0, dtype=dtype)] * blocks
 
     def reserve(self, tokens: int) -> None:
@@ -88,6 +90,11 @@ class Decoder:
         """Whether single tokens go through token_step.py."""
         return token_step.takes(self)
 
+    @cached_property
+    def program(self) -> token_step.Program:
+        """The blocks for token_step.py."""
+        return token_step.program(self)
+
     def cache(self, batch: int) -> Cache:
         """An empty cache."""
         return Cache(len(self.blocks), batch, self.key_heads, self.width, self.dtype)
@@ -107,7 +114,8 @@ class Decoder:
         start = cache.length
         stop = cache.length = start + count
         x = self.embed(ids, start)
-        if count == 1 and self.steps_compiled and x.dtype == self.dtype:
+        few = count == 1 and batch < FEW_ROWS
+        if few and self.steps_compiled and x.dtype == self.dtype:
             return token_step.step(self, x, cache)
         angles = self.rotary.at(start, stop) if self.rotary else None
         turned = self.heads + self.key_heads
@@ -197,7 +205,7 @@ def _gelu(module: Any, approximate: str) -> Layer:
     """The fused function; what another library put in its place stays."""
     if not type(module).__module__.startswith("transformers."):
         return module
-    return lambda x: F.gelu(x, approximate=approximate)
+    return Gelu(approximate)
 
 
 def _rms_norm(norm: Any) -> Layer:

@@ -1,4 +1,4 @@
-"""Rotary angles, norm and gate of decoder.py: each in as few operations of torch as it takes."""
+"""Rotary angles, norm, gate and GELU of decoder.py, each in few operations of torch."""
 
 from typing import Any
 
@@ -52,3 +52,14 @@ class GatedUnit:
         """(..., 2 * inner) -> (..., inner)."""
         gate, up = x.chunk(2, -1)
         return F.silu(gate).mul_(up)
+
+
+class Gelu:
+    """GELU by erf ("none") or by tanh."""
+
+    def __init__(self, approximate: str):
+        self.approximate = approximate
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Any shape -> the same."""
+        return F.gelu(x, approximate=self.approximate)

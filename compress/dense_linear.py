@@ -4,10 +4,13 @@ On a processor that has no instructions for bfloat16, torch multiplies matrices 
 slower than float32; converting the weight piece by piece on the way costs little beside that.
 """
 
+from typing import Self
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compress.compiled import Matrix
 from compress.kernel_choice import kernel_for
 from compress.kernels import FOR_FLOATS, Kernel, matmul_nt
 
@@ -23,7 +26,12 @@ class DenseLinear:
         self.codes = self.scale = weight.detach()
         self.bias = None if bias is None else bias.detach()
         self.out_features, self.in_features = weight.shape
+        self.structs: dict[bool, Matrix] = {}  # see compiled.py
         self.chosen: dict[torch.dtype, tuple[Kernel, Kernel]] = {}
+
+    def twin(self) -> Self:
+        """See QuantLinear; no kernel changes anything here."""
+        return self
 
     def multiply_rows(self, x: Tensor, start: int, stop: int) -> Tensor:
         """See QuantLinear."""

@@ -47,6 +47,11 @@ class Int8DynamicLinear(QuantLinear):
             y += self.bias.to(x.dtype)
         return y.view(*x.shape[:-1], -1)
 
+    def as_stored(self) -> None:
+        """See QuantLinear."""
+        super().as_stored()
+        self._sums = None
+
     def row_sums(self) -> Tensor:
         """Sum of each row's codes, (out,) int32."""
         if self._sums is None:

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from compress.dense_linear import DenseLinear
 from compress.int4_layout import BLOCK
 from compress.kernel_choice import kernel_for
-from compress.quant_linear import QuantLinear
-
-GRID = ("bits", "group_size", "in_features")
+from compress.quant_linear import GRID, QuantLinear
 
 
 def fused(

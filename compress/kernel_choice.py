@@ -6,6 +6,7 @@ run, and every method with the same shapes, computes the same way. Deleting the 
 or two. What the file says is never trusted further than to name one of the kernels that fit.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -21,10 +22,12 @@ import torch
 if TYPE_CHECKING:
     from compress.kernels import Kernel
 
+NATIVE = Path(__file__).parent / "native"  # see compiled.py
 FEW_ROWS = 16  # fewer rows than this count as few
 MEASURED_ROWS = {"few": 1, "many": 128}
 REPEATS = {"few": 21, "many": 3}
 HOPELESS = 3  # times the best so far: not measured any further
+CALLED = 20  # microseconds that a layer costs in decoding if Python has to be asked for it
 PATIENCE = 5e5  # microseconds spent on one kernel, beyond its first product
 
 
@@ -74,7 +77,8 @@ def _remembered(layer: Any, dtype: torch.dtype, rows: str, fitting: "list[Kernel
     if not isinstance(known, dict) or sorted(known) != sorted(names):
         known = table[key] = measured(layer, dtype, rows, fitting)
         _write(table)
-    return min(fitting, key=lambda kernel: known[kernel.name])
+    more = CALLED if rows == "few" else 0
+    return min(fitting, key=lambda kernel: known[kernel.name] + more * kernel.called)
 
 
 def shape_of(layer: Any) -> str:
@@ -132,7 +136,7 @@ def report() -> list[str]:
 
 @cache
 def machine() -> str:
-    """The processor, the instructions that torch uses of it, its version."""
+    """The processor, a hash of what it can do, the instructions that torch uses, its version."""
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -141,8 +145,16 @@ def machine() -> str:
     lines = (line.partition(":") for line in info.partition("\n\n")[0].splitlines())
     found = {name.strip(): value.strip() for name, _, value in lines}
     parts = [found[name] for name in wanted if name in found] or [platform.processor()]
+    parts.append(hashlib.sha256(found.get("flags", "").encode()).hexdigest()[:8])
     parts += [torch.backends.cpu.get_cpu_capability(), torch.__version__]
     return " ".join(parts)
+
+
+@cache
+def native_hash() -> str:
+    """Of the C sources: a kernel that was changed is measured anew."""
+    texts = [file.read_text() for file in sorted(NATIVE.glob("*.[ch]"))]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:8]
 
 
 @cache
@@ -158,7 +170,7 @@ def _tables(folder: str) -> dict[str, Any]:
 def _table(folder: str) -> dict[str, dict[str, float]]:
     """This machine's table for the threads in use: key -> kernel -> microseconds."""
     tables = _tables(folder)
-    name = f"{machine()}, {torch.get_num_threads()} threads"
+    name = f"{machine()}, kernels {native_hash()}, {torch.get_num_threads()} threads"
     if not isinstance(tables.get(name), dict):
         tables[name] = {}
     table: dict[str, dict[str, float]] = tables[name]

@@ -32,7 +32,8 @@ class Kernel:
 
     fits: (layer, type of the input) -> whether it takes them. prepare: changes how the layer holds
     its codes, if the kernel wants them otherwise. multiply: (layer, input (rows, in)) -> (rows,
-    out) in the input's type, without bias. few: meant for a few rows of input only.
+    out) in the input's type, without bias. few: meant for a few rows of input only. called: from
+    Python also where C decodes a token; see token_step.py.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Kernel:
     multiply: Callable[[Any, Tensor], Tensor]
     prepare: Callable[[Any], None] = lambda layer: None
     few: bool = False
+    called: bool = True
 
 
 def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
@@ -174,8 +176,14 @@ def int8pack(layer: Any, x: Tensor) -> Tensor:
     return y
 
 
+def int16(layer: Any, x: Tensor) -> Tensor:
+    """Our kernel with rounded inputs."""
+    return compiled.multiply(layer, x, int16=True)
+
+
 FOR_WEIGHTS = (
-    Kernel("compiled", compiled.fits, compiled.multiply, compiled.prepare, few=True),
+    Kernel("compiled", compiled.fits, compiled.multiply, compiled.prepare, few=True, called=False),
+    Kernel("compiled int16", compiled.fits_int16, int16, compiled.prepare, few=True, called=False),
     Kernel("int4pack", fits_int4pack, int4pack, prepare_int4pack, few=True),
     Kernel("int8pack", fits_int8pack, int8pack, prepare_int8pack, few=True),
     Kernel("rebuild", fits_rebuild, lambda layer, x: rebuild(layer, x, x.dtype)),
@@ -184,6 +192,7 @@ FOR_WEIGHTS = (
 
 
 FOR_FLOATS = (  # layers of plain weights
+    Kernel("compiled", compiled.fits_dense, compiled.multiply, few=True, called=False),
     Kernel(
         "float32 pieces",
         lambda layer, dtype: dtype != torch.float32,
@@ -265,6 +274,15 @@ FOR_INTEGERS = (
         lambda layer, x: compiled.multiply(layer, x.float()),  # sums are not rounded to bfloat16
         compiled.prepare,
         few=True,
+        called=False,
+    ),
+    Kernel(
+        "compiled int16",  # whole numbers as they are
+        lambda layer, dtype: compiled.fits_int16(layer, torch.bfloat16),
+        lambda layer, x: int16(layer, x.float()),
+        compiled.prepare,
+        few=True,
+        called=False,
     ),
     Kernel("int8pack", fits_int8pack, int8pack, prepare_int8pack, few=True),
     Kernel("onednn int8", fits_onednn, onednn),

@@ -7,16 +7,20 @@ evaluation), and every grid that no kernel takes, go through the reference path:
 piece by piece, then a plain matrix product.
 """
 
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from compress import int4_layout
+from compress.compiled import Matrix
 from compress.dtypes import dtype_of, whole
 from compress.kernel_choice import kernel_for
 from compress.kernels import FOR_WEIGHTS, Kernel, matmul_nt
 from compress.quant_math import BITS, pack, packed_bytes, unpack
+
+GRID = ("bits", "group_size", "in_features")
 
 
 class QuantLinear(nn.Module):
@@ -36,6 +40,11 @@ class QuantLinear(nn.Module):
     bias: Tensor | None
     order: Tensor | None
     offset: Tensor | None
+    int4: tuple[int, Tensor, Tensor | None] | None  # this and the following: see as_stored
+    int8: tuple[Tensor, Tensor | None] | None
+    pairs: Tensor | None
+    structs: dict[bool, Matrix]
+    chosen: dict[torch.dtype, tuple[Kernel, Kernel]]
 
     def __init__(
         self,
@@ -56,11 +65,8 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.register_buffer("order", order)
         self.register_buffer("offset", offset)
-        # What kernels prepare and measure; see kernels.py.
-        self.int4: tuple[int, Tensor, Tensor | None] | None = None
-        self.int8: tuple[Tensor, Tensor | None] | None = None
-        self.pairs: Tensor | None = None
-        self.chosen: dict[torch.dtype, tuple[Kernel, Kernel]] = {}
+        self.int4 = None
+        self.as_stored()
 
     @classmethod
     def from_codes(
@@ -102,15 +108,10 @@ class QuantLinear(nn.Module):
         """What `from_spec` needs to build the same empty layer: JSON values only."""
         return {
             "kind": self.kind,
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "in_features": self.in_features,
-            "out_features": self.out_features,
+            **{name: getattr(self, name) for name in (*GRID, "out_features")},
             "scale_rows": self.scale.shape[0],
             "symmetric": self.zero is None,
-            "bias": self.bias is not None,
-            "order": self.order is not None,
-            "offset": self.offset is not None,
+            **{name: getattr(self, name) is not None for name in ("bias", "order", "offset")},
             "dtype": str(self.scale.dtype).removeprefix("torch."),
         }
 
@@ -125,10 +126,7 @@ class QuantLinear(nn.Module):
             raise ValueError(f"a layer has zeros or offsets, not both: {spec}")
         groups, dtype = -(-columns // size), dtype_of(spec)
         code_type = torch.int8 if bits == 8 else torch.uint8
-
-        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(*shape, dtype=dtype, device="meta")
-
+        empty = partial(torch.empty, device="meta")
         return cls(
             empty(rows, packed_bytes(columns, bits), dtype=code_type),
             empty(scale_rows, groups, dtype=dtype),
@@ -190,10 +188,10 @@ class QuantLinear(nn.Module):
         """Hold no codes any more but rows `start` and following of `joined`, which has the same."""
         rows = slice(start, start + self.out_features)
         self.codes, self.int4 = joined.codes[rows], None
+        self.as_stored()
         if joined.int4 is not None:
             size, grid, shift = joined.int4
             self.int4 = size, grid[:, rows], None if shift is None else shift[:, rows]
-        self.int8, self.chosen = None, {}
         self.pairs = None if joined.pairs is None else joined.pairs[rows]
 
     def rows(self, numbers: Tensor) -> Tensor:
@@ -209,6 +207,20 @@ class QuantLinear(nn.Module):
         size, columns, order = self.group_size, self.in_features, self.order
         picked = QuantLinear(codes, scale, zero, None, self.bits, size, columns, order, offset)
         return picked.weight()
+
+    def as_stored(self) -> None:
+        """Forget what kernels have prepared and measured; see kernels.py and compiled.py."""
+        if self.int4 is not None:
+            self.codes, self.int4 = self.state_dict()["codes"], None
+        self.int8, self.pairs, self.structs, self.chosen = None, None, {}, {}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.as_stored()  # it was prepared for this type and device
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.as_stored()
+        super()._load_from_state_dict(*args)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -1,22 +1,61 @@
-"""One token through a Decoder with the C functions of native/token.c between the matrix products.
+"""One token through a Decoder in one call of C: native/decode.c.
 
-The same function as Decoder.forward for one token, in a quarter of the calls; sums and exponentials
-are float32 also where torch would round in between. Taken where there is a compiler.
+The same function as Decoder.forward for one token; sums and exponentials are float32 also where
+torch would round in between. C computes norms, attention and what stands between the MLP's layers,
+and the layers whose kernel is one of ours; the others it asks for by a call back, in the order in
+which they come. Taken where there is a compiler.
 """
 
+import ctypes
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from compress import compiled
-from compress.decoder_parts import GatedUnit, RmsNorm
+from compress.compiled import INT, POINTER, Matrix
+from compress.decoder_parts import GatedUnit, Gelu, RmsNorm
+from compress.dynamic_linear import Int8DynamicLinear
+from compress.kernel_choice import kernel_for
 
 if TYPE_CHECKING:
-    from compress.decoder import Cache, Decoder
+    from compress.decoder import Block, Cache, Decoder
 
-NAME = "compiled attention"  # in records, beside the kernels of the layers
+NAME = "compiled step"  # in records, beside the kernels of the layers
 WIDEST = 512  # of a head; see token.c
+LAYERS = ("qkv", "out", "up", "down", "inner")  # as decode.c counts them
+OTHER, GATE, GELU = range(3)
+CALL = ctypes.CFUNCTYPE(INT, ctypes.c_int64, ctypes.c_int32)
+FAILED = 2  # what a call back answers then
+
+
+class NormStruct(ctypes.Structure):
+    """`norm` of decode.c."""
+
+    _fields_ = (("weight", POINTER), ("bias", POINTER), ("eps", ctypes.c_float))
+
+
+class BlockStruct(ctypes.Structure):
+    """`block` of decode.c."""
+
+    _fields_ = (("norms", NormStruct * 2), ("layers", Matrix * 4), ("inner", ctypes.c_int32))
+
+
+class DecoderStruct(ctypes.Structure):
+    """`decoder` of decode.c."""
+
+    _fields_ = (
+        ("blocks", POINTER),
+        ("last", NormStruct),
+        *((name, ctypes.c_int64) for name in ("count", "batch", "columns")),
+        *((name, ctypes.c_int64) for name in ("heads", "key_heads", "width")),
+        ("scale", ctypes.c_float),
+        ("bfloat16", ctypes.c_int32),
+        *((name, POINTER) for name in ("x", "normed", "wide", "inner", "delta")),
+        ("caches", POINTER),
+        ("call", CALL),
+    )
 
 
 def takes(decoder: "Decoder") -> bool:
@@ -47,67 +86,152 @@ def _is_plain(norm: Any, dtype: torch.dtype) -> bool:
     )
 
 
-def step(decoder: "Decoder", x: Tensor, cache: "Cache") -> Tensor:
-    """Embedded tokens (batch, 1, width) -> the same after the last norm; enters them into `cache`.
+@dataclass
+class Program:
+    """A decoder's blocks as C wants them. up, inner: outputs of those layers."""
 
-    The cache has room for them, and counts them already. Changes x.
+    blocks: Any
+    last: NormStruct
+    up: int
+    inner: int
+    held: list[Tensor | None]  # what the structures point to
+
+
+def program(decoder: "Decoder") -> Program:
+    """Raises ValueError if the blocks are not all of one shape."""
+    held: list[Tensor | None] = []
+    blocks = (BlockStruct * len(decoder.blocks))()
+    shapes = set()
+    for block, struct in zip(decoder.blocks, blocks, strict=True):
+        for which, norm in enumerate((block.norm1, block.norm2)):
+            struct.norms[which] = _norm(norm, held)
+        for which, name in enumerate(LAYERS[:4]):
+            struct.layers[which] = _matrix(getattr(block, name), decoder.dtype, held)
+        up, inner = _inner_shape(decoder, block)
+        shapes.add((up, inner))
+        if isinstance(block.inner, GatedUnit) and up % 16 == 0:
+            struct.inner = GATE
+        elif isinstance(block.inner, Gelu) and block.inner.approximate == "tanh" and up % 8 == 0:
+            struct.inner = GELU
+    if len(shapes) != 1:
+        raise ValueError(f"blocks of {len(shapes)} shapes")
+    return Program(blocks, _norm(decoder.norm, held), *shapes.pop(), held)
+
+
+def _norm(norm: Any, held: list[Tensor | None]) -> NormStruct:
+    parts = norm.weight, getattr(norm, "bias", None)
+    held += parts
+    return NormStruct(*(None if part is None else part.data_ptr() for part in parts), norm.eps)
+
+
+def _matrix(called: Any, dtype: torch.dtype, held: list[Tensor | None]) -> Matrix:
+    """A layer for C; zeros if it is to be asked for."""
+    layer = getattr(called, "__self__", called)
+    if not hasattr(layer, "candidates"):
+        return Matrix()
+    kernel = kernel_for(layer, 1, dtype)
+    if kernel.called:
+        return Matrix()
+    kernel.prepare(layer)
+    bias = None if layer.bias is None else layer.bias.to(dtype).contiguous()
+    held += [layer.codes, getattr(layer, "pairs", None), bias]
+    struct = compiled.matrix(layer, int16=kernel.name.endswith("int16"))
+    struct.bias = None if bias is None else bias.data_ptr()
+    struct.integers = isinstance(layer, Int8DynamicLinear)
+    return struct
+
+
+def _columns(decoder: "Decoder") -> int:
+    """What goes from block to block has so many numbers a token."""
+    norm: Any = decoder.norm
+    return len(norm.weight)
+
+
+def _inner_shape(decoder: "Decoder", block: "Block") -> tuple[int, int]:
+    """Outputs of `up` and of `inner`, as these answer to zeros."""
+    up = block.up(torch.zeros(1, 1, _columns(decoder), dtype=decoder.dtype))
+    return up.shape[-1], block.inner(up).shape[-1]
+
+
+class Step:
+    """What one cache needs to be stepped: places for what goes from layer to layer.
+
+    x, normed, delta: (batch, 1, columns); wide: rows of qkv or up; inner: columns of out or down.
     """
-    angles = decoder.rotary.at(cache.length - 1, cache.length) if decoder.rotary else None
-    x = x.contiguous()
-    delta = None
-    for block, held in zip(decoder.blocks, cache.blocks, strict=True):
-        qkv = block.qkv(add_norm(x, delta, block.norm1))
-        delta = block.out(attend(decoder, qkv, angles, held, cache.length - 1))
-        up = block.up(add_norm(x, delta, block.norm2))
-        gated = (
-            isinstance(block.inner, GatedUnit) and up.shape[-1] % 16 == 0 and up.dtype == x.dtype
+
+    def __init__(self, decoder: "Decoder", batch: int):
+        self.decoder, self.program = decoder, decoder.program
+        columns, dtype = _columns(decoder), decoder.dtype
+        attended = decoder.heads * decoder.width
+        rows = attended + 2 * decoder.key_heads * decoder.width
+        self.x, self.normed, self.delta = torch.empty(3, batch, 1, columns, dtype=dtype).unbind()
+        wide = torch.empty(batch * max(rows, self.program.up), dtype=dtype)
+        inner = torch.empty(batch * max(attended, self.program.inner), dtype=dtype)
+
+        def part(of: Tensor, width: int) -> Tensor:
+            return of[: batch * width].view(batch, 1, width)
+
+        up, gated = part(wide, self.program.up), part(inner, self.program.inner)
+        self.ends = (  # of the layers: what goes in, what comes out
+            (self.normed, part(wide, rows)),
+            (part(inner, attended), self.delta),
+            (self.normed, up),
+            (gated, self.delta),
+            (up, gated),
         )
-        delta = block.down(gate(up) if gated else block.inner(up))
-    return add_norm(x, delta, decoder.norm)
+        self.caches = (POINTER * len(decoder.blocks))()
+        self.error: BaseException | None = None
+        places = (each.data_ptr() for each in (self.x, self.normed, wide, inner, self.delta))
+        self.struct = DecoderStruct(
+            *(ctypes.addressof(self.program.blocks), self.program.last, len(decoder.blocks)),
+            *(batch, columns, decoder.heads, decoder.key_heads, decoder.width, decoder.scale),
+            *(dtype == torch.bfloat16, *places, ctypes.addressof(self.caches), CALL(self._call)),
+        )
+
+    def _call(self, block: int, which: int) -> int:
+        """Compute a layer that C has not. An error waits until C has returned."""
+        try:
+            x, y = self.ends[which]
+            y.copy_(getattr(self.decoder.blocks[block], LAYERS[which])(x).reshape(y.shape))
+        except BaseException as error:
+            self.error = error
+            return FAILED
+        return 0
+
+    def run(self, x: Tensor, cache: "Cache") -> Tensor:
+        """See `step`."""
+        angles = self.decoder.rotary
+        cos, sin = angles.at(cache.length - 1, cache.length) if angles else (None, None)
+        for angle in (cos, sin):
+            if angle is not None and (angle.shape[-1], angle.dtype) != (
+                self.decoder.width,
+                self.decoder.dtype,
+            ):
+                raise ValueError(
+                    f"rotary angles are not {self.decoder.width} numbers of {self.decoder.dtype} "
+                    "a position"
+                )
+        for number, held in enumerate(cache.blocks):
+            self.caches[number] = held.data_ptr()
+        self.x.copy_(x)
+        pointers = (None if angle is None else angle.data_ptr() for angle in (cos, sin))
+        failed = compiled.loaded().decode(
+            *(ctypes.byref(self.struct), *pointers, cache.room, cache.length - 1, self.program.up)
+        )
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        if failed:
+            raise MemoryError("no memory to decode a token")
+        return self.normed.clone()
 
 
-def add_norm(x: Tensor, delta: Tensor | None, norm: Any) -> Tensor:
-    """x += delta in place, then its norm: (..., width) -> the same."""
-    y, bias = torch.empty_like(x), getattr(norm, "bias", None)
-    width = x.shape[-1]
-    if delta is not None:  # other libraries' layers may answer in another type
-        delta = delta.to(x.dtype).reshape(x.shape).contiguous()
-    tensors = (x, delta, norm.weight, bias, y)
-    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    compiled.loaded().add_norm(*pointers, x.numel() // width, width, norm.eps, _bfloat16(x))
-    return y
+def step(decoder: "Decoder", x: Tensor, cache: "Cache") -> Tensor:
+    """Embedded tokens (batch, 1, columns) -> the same after the last norm; enters them in `cache`.
 
-
-def gate(x: Tensor) -> Tensor:
-    """silu(gate) * up of the two halves of (..., 2 * inner): (..., inner)."""
-    x = x.contiguous()
-    inner = x.shape[-1] // 2
-    y = x.new_empty(*x.shape[:-1], inner)
-    compiled.loaded().gate(x.data_ptr(), y.data_ptr(), y.numel() // inner, inner, _bfloat16(x))
-    return y
-
-
-def attend(decoder: "Decoder", qkv: Tensor, angles: Any, held: Tensor, before: int) -> Tensor:
-    """(batch, 1, rows of qkv) -> (batch, 1, heads * width); enters key and value into `held`.
-
-    before: tokens in `held`, (2, batch, key heads, room, width). Raises ValueError if the
-    angles are not a head's, MemoryError if there is no room for the scores.
+    The cache has room for them, and counts them already. Raises what a layer raises, ValueError if
+    the angles are not a head's, MemoryError.
     """
-    _, batch, _, room, width = held.shape
-    rows = (decoder.heads + 2 * decoder.key_heads) * width
-    qkv = qkv.to(held.dtype).reshape(batch, 1, rows).contiguous()
-    if angles is not None and any(
-        part.shape[-1] != width or part.dtype != held.dtype for part in angles
-    ):
-        raise ValueError(f"rotary angles are not {width} numbers of {held.dtype} a position")
-    y = qkv.new_empty(batch, 1, decoder.heads * width)
-    cos, sin = (None, None) if angles is None else (part.data_ptr() for part in angles)
-    sizes = batch, decoder.heads, decoder.key_heads, width, room, before
-    pointers = qkv.data_ptr(), cos, sin, held.data_ptr(), y.data_ptr()
-    if compiled.loaded().attend(*pointers, *sizes, decoder.scale, _bfloat16(qkv)):
-        raise MemoryError("no memory for the scores of attention")
-    return y
-
-
-def _bfloat16(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16
+    if cache.step is None:
+        cache.step = Step(decoder, len(x))
+    return cache.step.run(x, cache)

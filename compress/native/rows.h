@@ -52,10 +52,6 @@ INLINE floats finished(floats acc, floats plain, floats sums, const char *pair, 
 
 /* The sums of the rows from `start` on as y[start], y[start + 1] ... */
 INLINE void store_rows(void *y, long start, long out, const floats *acc, int bfloat16) {
-  long width = bfloat16 ? 2 : 4;
-  for (int r = 0; r < ROWS && start + r < out; r++) {
-    float room[LANES];
-    store(room, 0, all(total(acc[r])), bfloat16);
-    memcpy((char *)y + (start + r) * width, room, width);
-  }
+  for (int r = 0; r < ROWS && start + r < out; r++)
+    store_one(y, start + r, total(acc[r]), bfloat16);
 }

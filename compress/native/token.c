@@ -1,14 +1,10 @@
 /* What stands between the matrix products when one token is decoded: norms, attention over the
-   cache, the gate. torch starts some thirty small operations a block for the same. */
+   cache, gate or GELU. */
 
+#include "products.h"
 #include "vectors.h"
 
 #define WIDEST 512 /* of a head */
-
-/* Where `when` has all bits set a, elsewhere b. */
-INLINE floats either(integers when, floats a, floats b) {
-  return (floats)(((integers)a & when) | ((integers)b & ~when));
-}
 
 /* e^x for x up to 88, relative error below 3e-7; NaN stays NaN, and below -87 all are e^-87. */
 INLINE floats exponential(floats x) {
@@ -51,15 +47,28 @@ void add_norm(void *x, const void *delta, const void *weight, const void *bias, 
   }
 }
 
+/* x / (1 + e^-y), for any y. */
+INLINE floats times_sigmoid(floats x, floats y) {
+  return x / (1.0f + exponential(either((integers)(-y > all(88)), all(88), -y))); /* e^88 is finite */
+}
+
 /* y = silu(gate) * up. x: (rows, 2 inner), gate and up; y: (rows, inner). inner: a multiple of 8. */
 void gate(const void *x, void *y, long rows, long inner, int bfloat16) {
   for (long row = 0; row < rows; row++) {
     for (long at = 0; at < inner; at += LANES) {
       floats g = load(x, row * 2 * inner + at, bfloat16);
       floats up = load(x, row * 2 * inner + inner + at, bfloat16);
-      floats small = either((integers)(-g > all(88)), all(88), -g); /* e^88 is finite still */
-      store(y, row * inner + at, g / (1.0f + exponential(small)) * up, bfloat16);
+      store(y, row * inner + at, times_sigmoid(g, g) * up, bfloat16);
     }
+  }
+}
+
+/* GELU by tanh, (1 + tanh u) / 2 being 1 / (1 + e^-2u). x, y: count numbers, a multiple of 8. */
+void gelu(const void *x, void *y, long count, int bfloat16) {
+  for (long at = 0; at < count; at += LANES) {
+    floats g = load(x, at, bfloat16);
+    floats twice = 1.5957691216f * (g + 0.044715f * g * g * g); /* 2 sqrt(2 / pi) */
+    store(y, at, times_sigmoid(g, twice), bfloat16);
   }
 }
 

@@ -15,6 +15,11 @@ typedef uint16_t shorts __attribute__((vector_size(2 * LANES)));
 
 INLINE floats all(float x) { return x - (floats){0}; }
 
+/* Where `when` has all bits set a, elsewhere b. */
+INLINE floats either(integers when, floats a, floats b) {
+  return (floats)(((integers)a & when) | ((integers)b & ~when));
+}
+
 INLINE float load_one(const void *from, long at, int bfloat16) {
   if (!bfloat16) return ((const float *)from)[at];
   uint32_t bits = (uint32_t)((const uint16_t *)from)[at] << 16;
@@ -44,6 +49,16 @@ INLINE void store(void *to, long at, floats x, int bfloat16) {
   } else {
     memcpy((float *)to + at, &x, sizeof x);
   }
+}
+
+INLINE void store_one(void *to, long at, float x, int bfloat16) {
+  if (!bfloat16) {
+    ((float *)to)[at] = x;
+    return;
+  }
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  ((uint16_t *)to)[at] = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
 INLINE float total(floats x) {

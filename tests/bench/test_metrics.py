@@ -292,9 +292,12 @@ def test_latency_of_a_real_runner(family, request):
     clock = itertools.count().__next__  # a second passes between two looks at it
     values = latency(subject(runner, random_ids(2, 8, top=256)), quiet, clock)
     assert (values["prefill_ms"], values["decode_tokens_per_s"]) == (1000.0, pytest.approx(3.0))
-    assert values["prefill_kernels"] == ["linear float32"]
     step = [token_step.NAME] if compiled.library() else []  # where there is a compiler
-    assert values["decode_kernels"] == [*step, "linear float32"]
+    layers = {layer.kernel(1, torch.float32) for layer in runner.decoder.linears()}
+    assert layers <= {"linear float32", "compiled float32"}  # whichever is faster
+    assert values["prefill_kernels"] == sorted(layers)  # 6 tokens are few too
+    assert values["decode_kernels"] == sorted([*step, *layers])
+    assert runner.kernels(16) == ["linear float32"]
 
 
 # tiny-llama: width 64, inner 160, 3 blocks, 2 of 4 heads for k and v, vocabulary 257, not tied.

@@ -8,6 +8,7 @@ import torch
 from comparing import random, relative
 
 from compress import compiled, int4_layout, kernel_choice, kernels
+from compress.dense_linear import DenseLinear
 from compress.methods.dynamic import Dynamic
 from compress.methods.int8_weight import Int8Weight
 from compress.methods.rtn import Rtn
@@ -28,8 +29,10 @@ def fitting(layer, dtype=torch.bfloat16):
 
 REBUILD = ["rebuild", "rebuild float32"]
 COMPILED = ["compiled"] if compiled.library() else []  # where there is a compiler
-INT4 = [*COMPILED, "int4pack", *REBUILD]
-INT8 = [*COMPILED, "int8pack", *REBUILD]
+INT16 = ["compiled int16"] if COMPILED and compiled.loaded().has_rounded_rows() else []
+OURS = [*COMPILED, *INT16]
+INT4 = [*OURS, "int4pack", *REBUILD]
+INT8 = [*OURS, "int8pack", *REBUILD]
 GRIDS = [(4, True), (4, False), (3, False), (2, True), (8, False)]
 
 
@@ -45,14 +48,14 @@ GRIDS = [(4, True), (4, False), (3, False), (2, True), (8, False)]
         (rtn(columns=160), ["int4pack", *REBUILD]),  # 64, 64 and 32: groups of 32 for the kernel
         (rtn(group_size=48), REBUILD),  # not a group of the kernel, which would crash, unchecked
         (rtn(columns=100), REBUILD),
-        (rtn(dtype="float32"), [*COMPILED, *REBUILD]),  # scales that int4pack would round
+        (rtn(dtype="float32"), [*OURS, *REBUILD]),  # scales that int4pack would round
         (int8(), INT8),
         (int8(symmetric=False), INT8),
         (
             Int8Weight(True, "tensor").quantize(random(96, 128, seed=0), None),
             INT8,
         ),
-        (int8(granularity="group"), [*COMPILED, *REBUILD]),
+        (int8(granularity="group"), [*OURS, *REBUILD]),
         (int8(columns=100), REBUILD),  # it reads 16 at a time
     ],
 )
@@ -68,7 +71,7 @@ def test_codes_that_a_kernel_would_crash_on_go_elsewhere():
     shifted = torch.empty(96 * 128 + 8, dtype=torch.int8)[8:].view(96, 128)
     x, weight = random(1, 128, seed=1).bfloat16(), layer.weight(torch.float64)
     layer.codes = shifted.copy_(layer.codes)  # 8 bytes off: as in a memory-mapped file
-    assert fitting(layer) == [*COMPILED, *REBUILD]
+    assert fitting(layer) == [*OURS, *REBUILD]
     assert relative(layer(x), x.double() @ weight.T) < 0.004
 
 
@@ -104,6 +107,21 @@ def test_a_compiler_gives_the_compiled_kernels(tmp_path, monkeypatch):
     monkeypatch.setenv("SLIMBENCH_CACHE", str(tmp_path))
     monkeypatch.setenv("SLIMBENCH_CC", "false")  # a compiler that fails
     assert find() is None and not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.skipif(not COMPILED, reason="no C compiler on this machine")
+def test_a_library_that_others_can_write_is_not_loaded(tmp_path, monkeypatch):
+    find = compiled.library.__wrapped__
+    monkeypatch.setenv("SLIMBENCH_CACHE", str(tmp_path))
+    assert find() is not None
+    (made,) = tmp_path.rglob("*.so")
+    for path in (made, made.parent):
+        mode = path.stat().st_mode
+        path.chmod(mode | 0o020)
+        assert find() is None
+        path.chmod(mode)
+    monkeypatch.setattr(compiled.sys, "byteorder", "big")
+    assert find() is None
 
 
 @pytest.mark.skipif(not COMPILED, reason="no C compiler on this machine")
@@ -146,6 +164,111 @@ def test_the_compiled_kernel_for_8_bits_against_float64(symmetric, dtype, rows, 
     exact = x.double() @ layer.weight(torch.float64).T
     assert relative(compiled.multiply(layer, x), exact) < 1e-6
     assert relative(compiled.multiply(layer, x[:1].bfloat16()), exact[:1]) < 0.006
+
+
+def grid(rows, columns, bits, size, kind, dtype):
+    """A layer of random codes. kind: zeros, symmetric or offset."""
+    top = 2**bits - 1
+    codes = (random(rows, columns, seed=0) * top / 4 + top / 2).clamp(0, top).to(torch.uint8)
+    scale = random(rows, columns // size, seed=1)
+    zero = (scale * top / 4 + top / 2).clamp(0, top) if kind == "zeros" else None
+    offset = random(*scale.shape, seed=2) if kind == "offset" else None
+    return QuantLinear.from_codes(codes, scale, zero, None, bits, size, dtype=dtype, offset=offset)
+
+
+BITS_AND_KINDS = [(4, "zeros"), (4, "symmetric"), (4, "offset"), (8, "zeros"), (8, "symmetric")]
+GRIDS_FOR_INT16 = [  # rows, columns, size: steps of 1, 2 and 4; groups cut by the middle; odd rows
+    (7, 64, 32),
+    (90, 192, 96),
+    (33, 576, 64),
+    (8, 768, 128),
+    (5, 2304, 2304),
+    (3, 4096, 256),
+]
+
+
+@pytest.mark.skipif(not INT16, reason="no AVX2 or no C compiler on this machine")
+@pytest.mark.parametrize("bits, kind", BITS_AND_KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows, columns, size", GRIDS_FOR_INT16)
+def test_inputs_are_rounded_to_15_bits_and_nothing_else_is(bits, kind, dtype, rows, columns, size):
+    layer = grid(rows, columns, bits, size, kind, dtype)
+    compiled.prepare(layer)
+    weight = layer.weight(torch.float64)
+    # Whole numbers up to 255 are held exactly; so is bfloat16 down to 1/64 of a block's largest.
+    x = random(3, columns, seed=4).mul(80).round().clamp(-255, 255)
+    exact = x.double() @ weight.T
+    assert relative(compiled.multiply(layer, x, int16=True), exact) < 1e-6
+    x = random(3, columns, seed=5).sign() * (random(3, columns, seed=6).abs() + 0.1)
+    x = x.clamp(-6, 6).bfloat16()
+    twice = compiled.multiply(layer, x.float(), int16=True)
+    assert relative(twice, x.double() @ weight.T) < 1e-6
+    narrow = compiled.multiply(layer, x, int16=True)
+    assert torch.equal(narrow, twice.bfloat16())
+    # Beyond that half a step is lost: 2^-14 of the largest of 128, whatever the others are.
+    x = random(15, columns, seed=7) * 10.0 ** random(15, columns, seed=8)
+    block = min(size, 128) if size % 128 == 0 or size < 128 else 32
+    largest = x.abs().unflatten(1, (-1, block)).amax(-1).repeat_interleave(block, 1).double()
+    bound = largest @ weight.abs().T * 2.0**-14
+    away = (compiled.multiply(layer, x, int16=True) - x.double() @ weight.T).abs()
+    assert (away <= bound + 1e-6 * (x.abs().double() @ weight.abs().T)).all()
+    assert away.max() > 1e-3 * bound.max()  # it does round
+
+
+@pytest.mark.skipif(not INT16, reason="no AVX2 or no C compiler on this machine")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounded_inputs_that_are_zero_tiny_huge_or_not_finite(bits):
+    layer = grid(6, 256, bits, 64, "zeros", torch.bfloat16)
+    compiled.prepare(layer)
+    weight = layer.weight(torch.float64)
+    x = random(6, 256, seed=3)
+    x[0] = 0
+    x[1] *= 1e-30  # counts as zero
+    x[2] *= 2.0**100
+    x[3, 7], x[4, 200] = torch.nan, -torch.inf
+    x[5, 64:128] = 0
+    y = compiled.multiply(layer, x, int16=True)
+    assert torch.equal(y[:2], torch.zeros(2, 6))
+    assert y[3:5].isnan().all()
+    exact = x.double() @ weight.T
+    for row in (2, 5):
+        assert relative(y[row], exact[row]) < 3e-4
+
+
+@pytest.mark.skipif(not COMPILED, reason="no C compiler on this machine")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, columns", [(1, 32), (7, 64), (90, 416)])
+def test_plain_weights_go_through_c_too(dtype, rows, columns):
+    layer = DenseLinear(random(rows, columns, seed=0, dtype=dtype), random(rows, seed=1))
+    assert "compiled" in fitting(layer, dtype)
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    assert "compiled" not in fitting(layer, other)
+    x = random(15, columns, seed=2, dtype=dtype)
+    exact = x.double() @ layer.codes.double().T
+    limit = 1e-6 if dtype == torch.float32 else 0.003
+    assert relative(compiled.multiply(layer, x), exact) < limit
+    assert "compiled" not in fitting(DenseLinear(random(8, 40, seed=0), None), torch.float32)
+
+
+@pytest.mark.skipif(not COMPILED, reason="no C compiler on this machine")
+def test_a_layer_that_changes_its_type_or_its_codes_is_prepared_anew():
+    layer, x = rtn(), random(1, 128, seed=7).bfloat16()
+    for kernel in layer.candidates:
+        if kernel.fits(layer, torch.bfloat16):
+            kernel.prepare(layer)
+    assert layer.int4 is not None and layer.pairs is not None
+    codes = layer.codes_and_zero()[0]
+    layer.float()
+    assert layer.int4 is None and layer.pairs is None and not layer.chosen
+    assert torch.equal(layer.codes_and_zero()[0], codes)
+    compiled.prepare(layer)
+    assert layer.pairs.dtype == torch.float32
+    other = Rtn().quantize(random(96, 128, seed=9), None)
+    compiled.multiply(layer, x)
+    layer.load_state_dict(other.state_dict())
+    compiled.prepare(layer)
+    exact = x.double() @ other.weight(torch.float64).T
+    assert relative(compiled.multiply(layer, x), exact) < 0.004
 
 
 @pytest.mark.skipif(not COMPILED, reason="no C compiler on this machine")

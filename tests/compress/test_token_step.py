@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comparing import random, relative
+from native_calls import add_norm, attend, gate, gelu
 from torch import nn
 from torch.nn import functional as F
 
-from compress import checkpoint, compiled, token_step
+import compress
+from compress import checkpoint, compiled, kernel_choice, token_step
 from compress.base import TorchRunner
 from compress.decoder_parts import RmsNorm
 
@@ -38,7 +40,7 @@ def test_norms_are_their_definition(kind, dtype):
         else:
             exact = F.layer_norm(wide, (72,), weight.double(), norm.bias.double(), 1e-5)
         mine = x.clone()
-        assert relative(token_step.add_norm(mine, more, norm), exact) < TOLERANCE[dtype]
+        assert relative(add_norm(mine, more, norm), exact) < TOLERANCE[dtype]
         assert torch.equal(mine, sum_)
 
 
@@ -48,13 +50,26 @@ def test_the_gate_is_silu_times_up(dtype):
     edges = [-1e4, -200.0, -88.5, -20.0, 0.0, 20.0, 200.0, 1e4]
     x[0, 0, :8] = torch.tensor(edges)
     x[1, 0, 3] = torch.nan
-    gate, up = x.double().chunk(2, -1)
-    exact = F.silu(gate) * up
-    found = token_step.gate(x)
+    half, up = x.double().chunk(2, -1)
+    exact = F.silu(half) * up
+    found = gate(x)
     assert found[1, 0].isnan().nonzero().flatten().tolist() == [3]
     found[1, 0, 3] = exact[1, 0, 3] = 0
     assert found.isfinite().all() and relative(found, exact) < TOLERANCE[dtype]
     assert (found[0, 0, :8] - exact[0, 0, :8]).abs().max() <= 0.004 * exact[0, 0, :8].abs().max()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_gelu_is_the_one_by_tanh(dtype):
+    x = random(40, seed=0).mul(4).to(dtype)
+    x[:8] = torch.tensor([-1e4, -200.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 1e4])
+    x[11] = torch.nan
+    exact, found = F.gelu(x.double(), approximate="tanh"), gelu(x)
+    assert found.isnan().nonzero().flatten().tolist() == [11]
+    found[11] = exact[11] = 0
+    assert relative(found[8:], exact[8:]) < TOLERANCE[dtype]
+    assert (found[:8] - exact[:8]).abs().max() <= 0.004 * 1e4
+    assert found[:3].abs().max() < 1e-6 and found[4] == 0
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -70,8 +85,7 @@ def test_attention_over_the_cache(dtype, width, heads, key_heads, rotary, before
     cos, sin = angle.cos().repeat(1, 1, 2), torch.cat((-angle.sin(), angle.sin()), -1)
     angles = (cos.to(dtype), sin.to(dtype)) if rotary else None
     scale = width**-0.5
-    decoder = SimpleNamespace(heads=heads, key_heads=key_heads, scale=scale)
-    found = token_step.attend(decoder, qkv, angles, held, before)
+    found = attend(heads, key_heads, scale, qkv, angles, held, before)
 
     parts = qkv.double().view(batch, heads + 2 * key_heads, 1, width)
     query, key, value = parts.split([heads, key_heads, key_heads], 1)
@@ -91,15 +105,14 @@ def test_attention_over_the_cache(dtype, width, heads, key_heads, rotary, before
 
 
 def test_attention_with_scores_beyond_what_exponentials_hold():
-    decoder = SimpleNamespace(heads=1, key_heads=1, scale=1.0)
     held = torch.zeros(2, 1, 1, 8, 16)
     held[0, 0, 0, 1] = 100.0  # scores of 0, 160,000 and 0: the middle value alone counts
     held[1, 0, 0, :3] = torch.tensor([1.0, 2.0, 3.0])[:, None]
     qkv = torch.cat([torch.full((16,), 100.0), torch.zeros(16), torch.full((16,), 3.0)])
-    found = token_step.attend(decoder, qkv[None, None], None, held, 2)
+    found = attend(1, 1, 1.0, qkv[None, None], None, held, 2)
     assert torch.equal(found, torch.full((1, 1, 16), 2.0))
     held[0, 0, 0, 0, 5] = torch.nan
-    assert token_step.attend(decoder, qkv[None, None], None, held, 2).isnan().all()
+    assert attend(1, 1, 1.0, qkv[None, None], None, held, 2).isnan().all()
 
 
 def test_what_is_taken(tiny_llama, tiny_gpt2):
@@ -153,23 +166,101 @@ def test_bfloat16_is_no_further_from_the_truth_than_torch(name, request, monkeyp
     assert mine < 1.2 * error()
 
 
-def test_what_layers_answer_in_another_type_or_shape_is_not_read_beyond_its_end():
-    x, norm = random(1, 1, 64, seed=0, dtype=torch.bfloat16), RmsNorm(torch.ones(64).bfloat16(), 0)
-    delta = random(1, 1, 64, seed=1, dtype=torch.float32)
-    mine = x.clone()
-    token_step.add_norm(mine, delta, norm)
-    assert torch.equal(mine, x + delta.bfloat16())
-    decoder = SimpleNamespace(heads=2, key_heads=1, scale=1.0)
-    held = random(2, 1, 1, 8, 16, seed=2, dtype=torch.bfloat16)
-    qkv = random(1, 1, 64, seed=3, dtype=torch.float32)
-    wide, narrow = (
-        token_step.attend(decoder, each, None, held.clone(), 3) for each in (qkv, qkv.bfloat16())
-    )
-    assert wide.dtype == torch.bfloat16 and torch.equal(wide, narrow)
-    with pytest.raises(RuntimeError):
-        token_step.attend(decoder, qkv[..., :48], None, held, 3)
-    for angle in (torch.ones(1, 1, 8).bfloat16(), torch.ones(1, 1, 16)):
+def stepped(decoder, start=4, batch=2):
+    """What a token after `start` others comes to."""
+    ids = torch.randint(0, 257, (batch, start + 1), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        cache = decoder.cache(batch)
+        if start:
+            decoder.forward(ids[:, :start], cache)
+        return decoder.forward(ids[:, start:], cache)
+
+
+METHODS = ["cast", "rtn(head_bits=4)", "int8_sym", "dynamic", "rtn(bits=3)", "int8_asym"]
+
+
+@pytest.mark.parametrize("method", ["none", *METHODS])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_step_is_the_same_function(name, method, request, monkeypatch):
+    model = compress.apply(method, request.getfixturevalue(name))
+    decoder = TorchRunner(model).decoder
+    assert decoder.steps_compiled
+    mine = stepped(decoder)
+    monkeypatch.setattr(token_step, "takes", lambda decoder: False)
+    theirs = stepped(replace(decoder))
+    assert relative(mine, theirs) < (1e-6 if method == "none" else 0.05)  # bfloat16
+
+
+@pytest.mark.parametrize("kernel", ["compiled", "compiled int16", None])
+def test_layers_of_all_kernels_are_mixed(llama, kernel, monkeypatch):
+    """None: every second layer asks Python."""
+    count = iter(range(1000))
+
+    def remembered(layer, dtype, rows, fitting):
+        wanted = kernel or ("compiled", "rebuild float32")[next(count) % 2]
+        return next((each for each in fitting if each.name == wanted), fitting[-1])
+
+    monkeypatch.setattr(kernel_choice, "_remembered", remembered)
+    decoder = TorchRunner(compress.apply("rtn", llama)).decoder
+    mine = stepped(decoder)
+    names = [each.kernel(1, torch.bfloat16) for each in decoder.linears()[:-1]]
+    held = [struct.bits for block in decoder.program.blocks for struct in block.layers]
+    assert held == [0 if name == "rebuild float32" else 4 for name in names]  # 0: to be asked for
+    assert kernel or {*names} == {"compiled", "rebuild float32"}
+    monkeypatch.setattr(token_step, "takes", lambda decoder: False)
+    assert relative(mine, stepped(replace(decoder))) < 0.02
+
+
+def test_what_layers_answer_in_another_type_or_shape_is_not_read_beyond_its_end(llama):
+    decoder = TorchRunner(llama).decoder
+    blocks, exact = decoder.blocks, stepped(decoder, 0)
+
+    def changed(**layers):
+        first = {name: make(getattr(blocks[0], name)) for name, make in layers.items()}
+        return replace(decoder, blocks=[replace(blocks[0], **first), *blocks[1:]])
+
+    wide = {name: (lambda f: lambda x: f(x).double()) for name in ("qkv", "out", "up", "down")}
+    wide["down"] = wide["out"] = lambda f: lambda x: f(x.float()).double()
+    assert relative(stepped(changed(**wide), 0), exact) < 1e-6
+    for name in ("qkv", "out", "down"):
+        with pytest.raises(RuntimeError, match="shape"):
+            stepped(changed(**{name: lambda f: lambda x: f(x)[..., :-16]}), start=0)
+    with pytest.raises(ValueError, match="2 shapes"):
+        stepped(changed(up=lambda f: lambda x: f(x)[..., :-16], down=lambda f: lambda x: x), 0)
+    for angle in (torch.ones(1, 1, 8), torch.ones(1, 1, 16).bfloat16()):
+        rotary = SimpleNamespace(at=lambda start, stop, angle=angle: (angle, angle))
         with pytest.raises(ValueError, match="rotary angles are not 16 numbers"):
-            token_step.attend(decoder, qkv, (angle, angle), held, 3)
-    with pytest.raises(RuntimeError):
-        token_step.add_norm(x, delta[..., :32], norm)
+            stepped(replace(decoder, rotary=rotary), start=0)
+
+
+def test_what_a_layer_raises_comes_through_and_leaves_the_next_token_whole(llama):
+    decoder = TorchRunner(llama).decoder
+    up, broken = decoder.blocks[1].up, []
+
+    def stops(x):
+        if broken and broken.pop():
+            raise KeyboardInterrupt
+        return up(x)
+
+    blocks = [decoder.blocks[0], replace(decoder.blocks[1], up=stops), *decoder.blocks[2:]]
+    other = replace(decoder, blocks=blocks)
+    exact = stepped(decoder, 0)
+    cache = other.cache(2)
+    ids = torch.randint(0, 257, (2, 1), generator=torch.Generator().manual_seed(3))
+    other.program  # noqa: B018 - asks for the layer's shape
+    broken.append(True)
+    with torch.inference_mode(), pytest.raises(KeyboardInterrupt):
+        other.forward(ids, cache)
+    assert relative(stepped(other, 0), exact) < 1e-6
+
+
+def test_a_cache_that_grows_and_one_of_another_batch(llama):
+    decoder = TorchRunner(llama).decoder
+    ids = torch.randint(0, 257, (2, 300), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        exact = decoder.forward(ids)
+        for batch in (2, 1):
+            cache = decoder.cache(batch)
+            found = [decoder.forward(ids[:batch, at : at + 1], cache) for at in range(300)]
+            assert cache.room >= 300
+            assert relative(torch.cat(found, 1), exact[:batch]) < 1e-5
