@@ -21,6 +21,7 @@ from bench.errors import one_line
 from bench.machine import LIBRARIES, packages
 from compress import registry
 from compress.base import Runner, TorchRunner, generate
+from compress.dynamic_linear import Int8DynamicLinear
 from compress.quant_embedding import QuantEmbedding
 from compress.quant_linear import QuantLinear
 
@@ -52,7 +53,8 @@ def by_ours(box: Path, task: dict[str, Any]) -> dict[str, Any]:
     """Answers of the artefact and of what our reader makes of the export, both in float32.
 
     In float32 both compute the same sums, so that equal weights give equal logits whatever type
-    either file computes in. Tells also how the weights compare, layer by layer.
+    either file computes in. Tells also how the weights compare, layer by layer, and whether
+    layers round their inputs to int8.
     """
     from compress.export import read
 
@@ -65,7 +67,11 @@ def by_ours(box: Path, task: dict[str, Any]) -> dict[str, Any]:
         {f"original.{name}": tensor for name, tensor in expected.items()} | found,
         box / "answers.safetensors",
     )
-    return {"packages": packages(), "layers": compared(original, again)}
+    return {
+        "packages": packages(),
+        "layers": compared(original, again),
+        "int8_inputs": any(isinstance(layer, Int8DynamicLinear) for layer in original.modules()),
+    }
 
 
 def answers(runner: Runner, ids: Tensor) -> dict[str, Tensor]:

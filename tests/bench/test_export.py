@@ -104,12 +104,12 @@ def theirs(record, tmp_path_factory):
 def second(theirs, tmp_path, monkeypatch):
     """Asks a Python that stands for another runtime's."""
 
-    def ask(python, timeout_s=60.0):
+    def ask(python, timeout_s=60.0, **about):
         monkeypatch.setitem(bench_export.RUNTIMES, "gguf", Runtime("file", 1e-4, "nothing"))
         monkeypatch.setattr(environments, "python_of", lambda name: Path(python))
         task = {"packages": run.METHOD_PACKAGES, "threads": 1, "ids": list(range(64))}
         task |= {"folder": str(theirs[0])}
-        return bench_export.second("gguf", task, theirs[1], tmp_path / "box", timeout_s)
+        return bench_export.second("gguf", task, theirs[1], tmp_path / "box", timeout_s, **about)
 
     return ask
 
@@ -120,6 +120,11 @@ def test_another_runtime_that_agrees(second):
     assert check["verdict"] == "passed" and check["logits"]["apart"] < 1e-4
     assert check["greedy"] == {"tokens": 64, "part_at": None} and check["allows"] == "nothing"
     assert check["packages"]["torch"]
+
+
+def test_inputs_that_become_int8_may_tip_over(second):
+    check = second(sys.executable, int8_inputs=True)
+    assert check["logits"]["tolerance"] == 0.4 and "rounded to int8" in check["allows"]
 
 
 FAKES = {
