@@ -33,12 +33,20 @@ class Cache:
     length: tokens read so far. It grows by doubling.
     """
 
-    def __init__(self, blocks: int, batch: int, heads: int, width: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        blocks: int,
+        batch: int,
+        heads: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
         self.shape = (2, batch, heads, width)
-        self.dtype = dtype
+        self.like = torch.empty(0, dtype=dtype, device=device)
         self.length = self.room = 0
         self.step: Any = None  # see token_step.py
-        self.blocks = [torch.empty(0, dtype=dtype)] * blocks
+        self.blocks = [self.like] * blocks
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many more tokens."""
@@ -47,7 +55,7 @@ class Cache:
         self.room = max(2 * self.room, self.length + tokens + ROOM)
         two, batch, heads, width = self.shape
         for number, old in enumerate(self.blocks):
-            new = torch.empty(two, batch, heads, self.room, width, dtype=self.dtype)
+            new = self.like.new_empty(two, batch, heads, self.room, width)
             if self.length:
                 new[..., : self.length, :] = old[..., : self.length, :]
             self.blocks[number] = new
@@ -84,6 +92,7 @@ class Decoder:
     scale: float
     rotary: Rotary | None
     dtype: torch.dtype
+    device: torch.device
 
     @cached_property
     def steps_compiled(self) -> bool:
@@ -97,7 +106,8 @@ class Decoder:
 
     def cache(self, batch: int) -> Cache:
         """An empty cache."""
-        return Cache(len(self.blocks), batch, self.key_heads, self.width, self.dtype)
+        sizes = len(self.blocks), batch, self.key_heads, self.width
+        return Cache(*sizes, self.dtype, self.device)
 
     def linears(self) -> list[Any]:
         """The layers that multiply matrices, the head last."""
@@ -119,7 +129,7 @@ class Decoder:
             return token_step.step(self, x, cache)
         angles = self.rotary.at(start, stop) if self.rotary else None
         turned = self.heads + self.key_heads
-        mask = _mask(start, stop) if start and count > 1 else None
+        mask = _mask(start, stop, self.device) if start and count > 1 else None
         for block, held in zip(self.blocks, cache.blocks, strict=True):
             qkv = block.qkv(block.norm1(x)).view(batch, count, -1, self.width)
             if angles is not None:
@@ -152,9 +162,9 @@ class Decoder:
         return y.transpose(1, 2).reshape(batch, count, -1)
 
 
-def _mask(start: int, stop: int) -> Tensor:
+def _mask(start: int, stop: int, device: torch.device) -> Tensor:
     """Which of `stop` tokens each of those from `start` on may see, (stop - start, stop)."""
-    return torch.ones(stop - start, stop, dtype=torch.bool).tril_(start)
+    return torch.ones(stop - start, stop, dtype=torch.bool, device=device).tril_(start)
 
 
 def decoder_for(model: Any, own: bool = True) -> Decoder | None:
@@ -173,6 +183,7 @@ def _llama(model: Any, own: bool) -> Decoder | None:
     if config.hidden_act != "silu" or kind not in known:
         return None
     width, dtype = body.layers[0].self_attn.head_dim, body.norm.weight.dtype
+    device = body.norm.weight.device
     blocks = []
     for layer in body.layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -196,8 +207,9 @@ def _llama(model: Any, own: bool) -> Decoder | None:
         config.num_key_value_heads,
         width,
         width**-0.5,
-        Rotary(body.rotary_emb, dtype),
+        Rotary(body.rotary_emb, dtype, device),
         dtype,
+        device,
     )
 
 
@@ -221,6 +233,7 @@ def _gpt2(model: Any, own: bool) -> Decoder | None:
     if config.activation_function not in GELU or not plain or config.add_cross_attention:
         return None
     width, dtype = config.n_embd // config.n_head, body.ln_f.weight.dtype
+    device = body.ln_f.weight.device
     approximate = GELU[config.activation_function]
     blocks = [
         Block(
@@ -240,4 +253,5 @@ def _gpt2(model: Any, own: bool) -> Decoder | None:
 
     head = fused(model, ("lm_head",), dtype, own)
     heads = config.n_head
-    return Decoder(blocks, embed, body.ln_f, head, heads, heads, width, width**-0.5, None, dtype)
+    shape = heads, heads, width, width**-0.5
+    return Decoder(blocks, embed, body.ln_f, head, *shape, None, dtype, device)

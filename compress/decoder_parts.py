@@ -13,15 +13,16 @@ class Rotary:
     A channel c turns with c + width / 2: x * cos + roll(x, width / 2) * (-sin | sin).
     """
 
-    def __init__(self, module: Any, dtype: torch.dtype):
-        self.module, self.dtype = module, dtype
+    def __init__(self, module: Any, dtype: torch.dtype, device: torch.device):
+        self.module, self.dtype, self.device = module, dtype, device
         self.cos = self.sin = torch.empty(0)
 
     def at(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """(cos, sin) of positions start to stop, (seq, 1, width) each."""
         if stop > len(self.cos):
-            positions = torch.arange(2 * stop)[None]
-            cos, sin = self.module(torch.empty(0, dtype=self.dtype), positions)
+            positions = torch.arange(2 * stop, device=self.device)[None]
+            like = torch.empty(0, dtype=self.dtype, device=self.device)
+            cos, sin = self.module(like, positions)
             half = sin.shape[-1] // 2
             signed = torch.cat((-sin[..., :half], sin[..., half:]), -1)
             self.cos, self.sin = cos[0, :, None], signed[0, :, None]

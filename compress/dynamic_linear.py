@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.dtypes import dtype_of, whole
+from compress.integer_kernels import FOR_INTEGERS
 from compress.kernel_choice import kernel_for
-from compress.kernels import FOR_INTEGERS
 from compress.quant_linear import QuantLinear
 
 

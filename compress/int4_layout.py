@@ -1,8 +1,9 @@
-"""The order in which torch's int4 kernel for CPUs wants its codes, and the way back.
+"""The order in which torch's int4 kernel wants its codes, and the way back.
 
-Rows come in blocks of 64 (32 without AVX-512). A byte of a block belongs to one input: its low half
-is a row of the block's first half, its high half the same row of the second. So the packed tensor
-is (blocks, in, BLOCK / 2) bytes, and rows that fill no block come in pairs of neighbours.
+For CUDA see int4_cuda.py; what has four dimensions is packed so. For CPUs rows come in blocks of
+64 (32 without AVX-512). A byte of a block belongs to one input: its low half is a row of the
+block's first half, its high half the same row of the second. So the packed tensor is (blocks, in,
+BLOCK / 2) bytes, and rows that fill no block come in pairs of neighbours.
 """
 
 from functools import cache
@@ -10,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from compress import int4_cuda
 
 PIECE = 4096  # rows laid out at a time
 BLOCK = 64 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 32
@@ -21,6 +24,8 @@ def pack(codes: Tensor) -> Tensor:
     The kernel wants rows in sixteens: those that are missing are zeros.
     """
     codes = F.pad(codes, (0, 0, 0, -len(codes) % 16))
+    if codes.is_cuda:
+        return int4_cuda.pack(codes)
     pieces = [  # torch wants four bytes a code: of a vocabulary that is much, for a moment
         torch._convert_weight_to_int4pack_for_cpu(piece.int(), 2)
         for piece in codes.split(PIECE // BLOCK * BLOCK)
@@ -28,9 +33,13 @@ def pack(codes: Tensor) -> Tensor:
     return torch.cat(pieces)
 
 
+def is_known(device: torch.device) -> bool:
+    """Whether this build of torch packs in the order said here."""
+    return int4_cuda.is_known(device) if device.type == "cuda" else _is_known()
+
+
 @cache
-def is_known() -> bool:
-    """Whether this build of torch packs in the order said above."""
+def _is_known() -> bool:
     codes = torch.arange((2 * BLOCK + 16) * 32, dtype=torch.uint8).view(-1, 32) % 13
     try:
         return torch.equal(unpack(pack(codes), 0, len(codes)), codes.T)
@@ -43,6 +52,8 @@ def unpack(packed: Tensor, start: int, stop: int) -> Tensor:
 
     start: a multiple of BLOCK.
     """
+    if packed.ndim == 4:
+        return int4_cuda.unpack(packed)[:, start:stop]
     columns = packed.shape[1] * 2
     count = min(-(-stop // BLOCK), len(packed) // BLOCK) - start // BLOCK
     whole = packed.view(-1)[start * columns // 2 :][: count * BLOCK * columns // 2]
@@ -61,6 +72,8 @@ def unpack(packed: Tensor, start: int, stop: int) -> Tensor:
 
 def rows(packed: Tensor, numbers: Tensor) -> Tensor:
     """Some rows of packed codes, (n, in) uint8 for numbers (n,) int64."""
+    if packed.ndim == 4:
+        return int4_cuda.unpack(packed)[:, numbers].T
     count, columns = len(packed) // BLOCK, packed.shape[1] * 2
     blocks = packed.view(-1)[: count * BLOCK * columns // 2].view(count, columns, BLOCK // 2)
     inside = numbers % BLOCK
@@ -71,3 +84,10 @@ def rows(packed: Tensor, numbers: Tensor) -> Tensor:
     if not whole.all():
         found[~whole] = unpack(packed, count * BLOCK, len(packed)).T[inside[~whole]]
     return found
+
+
+def part(packed: Tensor, start: int, count: int) -> Tensor:
+    """So many rows' codes as a view, packed or in the file's order. start: a multiple of BLOCK."""
+    if packed.ndim == 4:
+        return packed[start // 8 : -(-(start + count) // 8)]
+    return packed[start : start + count]

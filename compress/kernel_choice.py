@@ -59,7 +59,8 @@ def choose(
     """
     chosen = []
     for rows in MEASURED_ROWS:
-        fitting = [each for each in candidates if rows == "few" or not each.few]
+        any_rows = rows == "few" or layer.codes.is_cuda  # there they are as good for many
+        fitting = [each for each in candidates if any_rows or not each.few]
         fitting = [each for each in fitting if each.fits(layer, dtype)]
         if len(fitting) > 1:
             fitting = [_remembered(layer, dtype, rows, fitting)]

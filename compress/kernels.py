@@ -1,12 +1,13 @@
 """Ways to multiply by a quantized weight, every one over the same codes and for the same weights.
 
-`FOR_WEIGHTS` holds those for layers that quantize weights only, `FOR_INTEGERS` those that multiply
-integers by integers. Each says which layers it takes: torch's kernels check little, and a wrong
-group or an unaligned pointer is a crash there, so what does not fit goes to `rebuild`, which takes
-every layer. Which one is used is measured once a shape and machine (kernel_choice.py).
+`FOR_WEIGHTS` holds those for layers that quantize weights only, `FOR_FLOATS` those for plain
+weights; integer_kernels.py has those that multiply integers by integers. Each says which layers it
+takes: torch's kernels check little, and a wrong group or an unaligned pointer is a crash there, so
+what does not fit goes to `rebuild`, which takes every layer. Which one is used is measured once a
+shape and machine (kernel_choice.py).
 
-Not here: oneDNN's float8, 2-bit and sparse kernels; `_weight_int4pack_mm` and `_weight_int8pack_mm`
-for CUDA, where layers go through `rebuild`.
+On CUDA the candidates are torch's own kernels, for any number of rows. They were not run by this
+project, which has no such device. Not here: oneDNN's float8, 2-bit and sparse kernels.
 """
 
 from collections.abc import Callable
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress import compiled, int4_layout
+from compress import compiled, int4_cuda, int4_layout
 
-INT4_GROUPS = (256, 128, 64, 32)  # what _weight_int4pack_mm_for_cpu takes; it does not check
+INT4_GROUPS = (256, 128, 64, 32)  # what torch's int4 kernels take; the CPU's does not check
 ALIGNMENT = 64  # bytes; what torch's allocator gives, and a memory-mapped file does not
 PIECE = 2**20  # weights rebuilt at a time: what a shared cache holds, and the only scratch
 
@@ -94,10 +95,9 @@ def fits_int4pack(layer: Any, dtype: torch.dtype) -> bool:
         layer.bits <= 4
         and dtype == torch.bfloat16
         and layer.scale.dtype == torch.bfloat16
-        and layer.codes.device.type == "cpu"
         and layer.order is None
         and layer.offset is None
-        and int4_layout.is_known()
+        and int4_layout.is_known(layer.codes.device)
         and int4_group(layer) is not None
     )
 
@@ -131,7 +131,10 @@ def int4pack(layer: Any, x: Tensor) -> Tensor:
     x = x.contiguous()
     if not scale_and_offset.is_contiguous():  # rows of a joined layer
         scale_and_offset = scale_and_offset.contiguous()
-    y = torch._weight_int4pack_mm_for_cpu(x, layer.codes, size, scale_and_offset)
+    if layer.codes.ndim == 4:
+        y = int4_cuda.multiply(x, layer.codes, size, scale_and_offset)
+    else:
+        y = torch._weight_int4pack_mm_for_cpu(x, layer.codes, size, scale_and_offset)
     y = y if y.shape[1] == layer.out_features else y[:, : layer.out_features]
     if shift is not None:
         y += x.view(len(x), -1, size).sum(-1, dtype=torch.float32) @ shift
@@ -147,13 +150,19 @@ def fits_int8pack(layer: Any, dtype: torch.dtype) -> bool:
         layer.bits == 8
         and dtype == torch.bfloat16
         and layer.scale.dtype == torch.bfloat16
-        and layer.codes.device.type == "cpu"
         and layer.order is None
         and layer.offset is None
         and layer.scale.shape[1] == 1
         and layer.in_features % 16 == 0
-        and layer.codes.data_ptr() % ALIGNMENT == 0
+        and (has_cuda_int8() if layer.codes.is_cuda else layer.codes.data_ptr() % ALIGNMENT == 0)
     )
+
+
+@cache
+def has_cuda_int8() -> bool:
+    """Whether this torch has `_weight_int8pack_mm` for CUDA."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return bool(has("aten::_weight_int8pack_mm", "CUDA"))
 
 
 def prepare_int8pack(layer: Any) -> None:
@@ -199,93 +208,4 @@ FOR_FLOATS = (  # layers of plain weights
         lambda layer, x: rebuild(layer, x, torch.float32),
     ),
     Kernel("linear", fits_all, lambda layer, x: F.linear(x, layer.codes)),
-)
-
-
-# Integers by integers. x: what the input's codes mean in units of its scale, code - zero, between
-# -255 and 255, as floats of any type: whole numbers up to 256 are exact in bfloat16 too.
-
-
-def integers_float(layer: Any, x: Tensor) -> Tensor:
-    """Whole numbers in float32: exact while sums stay below 2**24, and rounded once beyond."""
-    return rebuild(layer, x.float(), torch.float32)
-
-
-def fits_int_mm(layer: Any, dtype: torch.dtype) -> bool:
-    """torch's int8 product takes any shape on a CPU."""
-    return layer.codes.device.type == "cpu"
-
-
-def int_mm(layer: Any, x: Tensor) -> Tensor:
-    """x = 2 h + l with h, l in int8 would cost two products; the zero is taken out instead."""
-    zero = torch.floor(x.amax(1, keepdim=True)).sub_(127)  # so that x - zero ends at 127
-    codes = (x - zero).to(torch.int8)
-    product = torch._int_mm(codes, layer.codes.T)  # (rows, out) int32
-    product += zero.int() * layer.row_sums()
-    return product.float() * layer.scale[:, 0].float()
-
-
-def onednn(layer: Any, x: Tensor) -> Tensor:
-    """oneDNN's int8 product; the weight is laid out anew each time, which many rows pay for."""
-    low = x.amin(1, keepdim=True)
-    codes = (x - low).to(torch.uint8)
-    scale = layer.scale[:, 0].float()
-    y = onednn_product(codes, layer.codes, scale)
-    return y.add_(low.float() * (layer.row_sums().float() * scale))
-
-
-def onednn_product(codes: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """codes (rows, in) uint8 times weight (out, in) int8, times scale (out,): (rows, out) float32.
-
-    Raises RuntimeError or AttributeError where torch was built without oneDNN.
-    """
-    packed = torch.ops.onednn.qlinear_prepack(weight, list(codes.shape))
-    zeros = torch.zeros(len(weight), dtype=torch.int32)
-    return torch.ops.onednn.qlinear_pointwise(
-        *(codes, 1.0, 0, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
-    )
-
-
-@cache
-def onednn_is_exact() -> bool:
-    """Whether oneDNN's int8 product is right for the largest codes on this machine.
-
-    Without VNNI it adds pairs of products in 16 bits, where 2 * 255 * 127 does not fit: it
-    saturates, and says nothing.
-    """
-    try:
-        x = torch.full((64, 64), 255, dtype=torch.uint8)
-        weight = torch.full((64, 64), 127, dtype=torch.int8)
-        y = onednn_product(x, weight, torch.ones(64))
-    except (RuntimeError, AttributeError):  # a torch built without it
-        return False
-    return bool((y == 255 * 127 * 64).all())
-
-
-def fits_onednn(layer: Any, dtype: torch.dtype) -> bool:
-    """Where it computes what it should."""
-    return layer.codes.device.type == "cpu" and onednn_is_exact()
-
-
-FOR_INTEGERS = (
-    Kernel(
-        "compiled",
-        compiled.fits,
-        lambda layer, x: compiled.multiply(layer, x.float()),  # sums are not rounded to bfloat16
-        compiled.prepare,
-        few=True,
-        called=False,
-    ),
-    Kernel(
-        "compiled int16",  # whole numbers as they are
-        lambda layer, dtype: compiled.fits_int16(layer, torch.bfloat16),
-        lambda layer, x: int16(layer, x.float()),
-        compiled.prepare,
-        few=True,
-        called=False,
-    ),
-    Kernel("int8pack", fits_int8pack, int8pack, prepare_int8pack, few=True),
-    Kernel("onednn int8", fits_onednn, onednn),
-    Kernel("int_mm", fits_int_mm, int_mm),
-    Kernel("float32 integers", fits_all, integers_float),
 )

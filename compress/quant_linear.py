@@ -187,7 +187,7 @@ class QuantLinear(nn.Module):
     def look_into(self, joined: "QuantLinear", start: int) -> None:
         """Hold no codes any more but rows `start` and following of `joined`, which has the same."""
         rows = slice(start, start + self.out_features)
-        self.codes, self.int4 = joined.codes[rows], None
+        self.codes, self.int4 = int4_layout.part(joined.codes, start, self.out_features), None
         self.as_stored()
         if joined.int4 is not None:
             size, grid, shift = joined.int4

@@ -7,7 +7,7 @@ import pytest
 import torch
 from comparing import random, relative
 
-from compress import compiled, int4_layout, kernel_choice, kernels
+from compress import compiled, int4_layout, integer_kernels, kernel_choice, kernels
 from compress.dense_linear import DenseLinear
 from compress.methods.dynamic import Dynamic
 from compress.methods.int8_weight import Int8Weight
@@ -308,7 +308,7 @@ def test_a_layer_that_another_type_laid_out_anew_is_still_the_same(monkeypatch):
 def test_the_order_of_int4_codes_is_torchs(rows):
     codes = torch.randint(0, 16, (rows, 64), dtype=torch.uint8)
     packed = int4_layout.pack(codes)
-    assert int4_layout.is_known() and len(packed) == rows + -rows % 16
+    assert int4_layout.is_known(codes.device) and len(packed) == rows + -rows % 16
     assert torch.equal(int4_layout.unpack(packed, 0, rows), codes.T)
     numbers = torch.randint(0, rows, (40,))
     assert torch.equal(int4_layout.rows(packed, numbers), codes[numbers])
@@ -336,8 +336,8 @@ def test_integer_kernels_compute_integers(dtype, rows):
 
 def test_onednn_is_left_out_where_it_saturates(monkeypatch):
     layer = Dynamic().quantize(random(96, 128, seed=0), None)
-    assert ("onednn int8" in fitting(layer)) == kernels.onednn_is_exact()
-    monkeypatch.setattr(kernels, "onednn_is_exact", lambda: False)
+    assert ("onednn int8" in fitting(layer)) == integer_kernels.onednn_is_exact()
+    monkeypatch.setattr(integer_kernels, "onednn_is_exact", lambda: False)
     assert "onednn int8" not in fitting(layer)
 
 
