@@ -3,7 +3,8 @@
 native/int4_rows.c and int8_rows.c multiply by codes in the order of the file, on every processor
 that the compiler knows; torch's int4 kernel is written for AVX-512 and wants an order of its own,
 its int8 kernel takes one group a row. native/rounded_rows.c does the same with inputs rounded to 15
-bits, native/dense_rows.c multiplies by plain weights. They are candidates of kernels.py.
+bits, and rounded_many.c for many rows of input; native/dense_rows.c multiplies by plain weights.
+They are candidates of kernels.py.
 native/token.c and decode.c are for decoding; see token_step.py. Where no compiler is found, torch
 does the work.
 
@@ -183,7 +184,7 @@ def matrix(layer: Any, int16: bool = False) -> Matrix:
 def multiply(layer: Any, x: Tensor, int16: bool = False) -> Tensor:
     """x (rows, in) of bfloat16 or float32 times a prepared layer: (rows, out) in x's type.
 
-    int16: inputs rounded to whole numbers first; see native/rounded_rows.c. Raises MemoryError if
+    int16: inputs rounded to whole numbers first; see native/rounded.h. Raises MemoryError if
     there is no room for a copy of x.
     """
     x = x.contiguous()

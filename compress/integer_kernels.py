@@ -103,7 +103,6 @@ FOR_INTEGERS = (
         lambda layer, dtype: compiled.fits_int16(layer, torch.bfloat16),
         lambda layer, x: int16(layer, x.float()),
         compiled.prepare,
-        few=True,
         called=False,
     ),
     Kernel("int8pack", fits_int8pack, int8pack, prepare_int8pack, few=True),

@@ -186,13 +186,13 @@ def int8pack(layer: Any, x: Tensor) -> Tensor:
 
 
 def int16(layer: Any, x: Tensor) -> Tensor:
-    """Our kernel with rounded inputs."""
+    """Our kernel with rounded inputs, for a few rows or many."""
     return compiled.multiply(layer, x, int16=True)
 
 
 FOR_WEIGHTS = (
     Kernel("compiled", compiled.fits, compiled.multiply, compiled.prepare, few=True, called=False),
-    Kernel("compiled int16", compiled.fits_int16, int16, compiled.prepare, few=True, called=False),
+    Kernel("compiled int16", compiled.fits_int16, int16, compiled.prepare, called=False),
     Kernel("int4pack", fits_int4pack, int4pack, prepare_int4pack, few=True),
     Kernel("int8pack", fits_int8pack, int8pack, prepare_int8pack, few=True),
     Kernel("rebuild", fits_rebuild, lambda layer, x: rebuild(layer, x, x.dtype)),

@@ -17,6 +17,7 @@ typedef struct {
   float eps;
 } norm;
 
+#define MANY 16 /* vectors; see kernel_choice.py */
 enum { QKV, OUT, UP, DOWN, INNER };
 enum { OTHER, GATE, GELU };
 
@@ -41,6 +42,9 @@ typedef struct {
 int product(const matrix *m, const void *x, void *y, long count, int bfloat16) {
   if (m->bits > 8) return dense_rows(m->codes, x, y, count, m->out, m->in, bfloat16);
 #ifdef __AVX2__
+  if (m->block && count >= MANY && !m->offset)
+    return rounded_many(m->codes, m->pairs, x, y, count, m->out, m->in, m->size, m->block, m->bits,
+                        m->wide, bfloat16);
   if (m->block)
     return rounded_rows(m->codes, m->pairs, x, y, count, m->out, m->in, m->size, m->block, m->bits,
                         m->wide, m->offset, bfloat16);

@@ -4,9 +4,11 @@ int int4_rows(const void *codes, const void *pairs, const void *x, void *y, long
               long in, long size, int wide, int offset, int bfloat16);
 int int8_rows(const void *codes, const void *pairs, const void *x, void *y, long count, long out,
               long in, long size, int wide, int bfloat16);
-int has_rounded_rows(void);
+int has_rounded_rows(void); /* whether this processor has what the rounded ones need */
 int rounded_rows(const void *codes, const void *pairs, const void *x, void *y, long count, long out,
                  long in, long size, long block, int bits, int wide, int offset, int bfloat16);
+int rounded_many(const void *codes, const void *pairs, const void *x, void *y, long count, long out,
+                 long in, long size, long block, int bits, int wide, int bfloat16);
 int dense_rows(const void *weight, const void *x, void *y, long count, long out, long in,
                int bfloat16);
 

@@ -213,6 +213,14 @@ def test_inputs_are_rounded_to_15_bits_and_nothing_else_is(bits, kind, dtype, ro
     away = (compiled.multiply(layer, x, int16=True) - x.double() @ weight.T).abs()
     assert (away <= bound + 1e-6 * (x.abs().double() @ weight.abs().T)).all()
     assert away.max() > 1e-3 * bound.max()  # it does round
+    # Many rows go another way, and mean the same.
+    few = torch.cat([compiled.multiply(layer, x[:, :], int16=True)] * 3)[:37]
+    many = compiled.multiply(layer, torch.cat([x] * 3)[:37], int16=True)
+    assert relative(many, few) < 1e-6
+    assert torch.equal(many[15:30], many[:15])
+    x = x.bfloat16()
+    many = compiled.multiply(layer, torch.cat([x] * 2)[:18], int16=True)
+    assert relative(many[:15], compiled.multiply(layer, x, int16=True)) < 1e-3
 
 
 @pytest.mark.skipif(not INT16, reason="no AVX2 or no C compiler on this machine")
@@ -227,12 +235,13 @@ def test_rounded_inputs_that_are_zero_tiny_huge_or_not_finite(bits):
     x[2] *= 2.0**100
     x[3, 7], x[4, 200] = torch.nan, -torch.inf
     x[5, 64:128] = 0
-    y = compiled.multiply(layer, x, int16=True)
-    assert torch.equal(y[:2], torch.zeros(2, 6))
-    assert y[3:5].isnan().all()
     exact = x.double() @ weight.T
-    for row in (2, 5):
-        assert relative(y[row], exact[row]) < 3e-4
+    for rows in (6, 18):  # few and many
+        y = compiled.multiply(layer, torch.cat([x] * 3)[:rows], int16=True)
+        assert torch.equal(y[:2], torch.zeros(2, 6))
+        assert y[3:5].isnan().all()
+        for row in (2, 5):
+            assert relative(y[row], exact[row]) < 3e-4
 
 
 @pytest.mark.skipif(not COMPILED, reason="no C compiler on this machine")
@@ -366,11 +375,11 @@ def test_the_choice_is_measured_once_and_kept(own_table, monkeypatch):
 def test_the_table_decides_and_a_broken_one_is_measured_anew(own_table):
     layer = rtn()
     few, many = kernel_choice.choose(layer, torch.bfloat16, layer.candidates)
-    (other,) = {*REBUILD} - {many.name}
+    other = next(name for name in REBUILD if name != many.name)
     (name,) = tables = json.loads(own_table.read_text())
     for key, known in tables[name].items():
         wanted = few.name if key.startswith("few") else other
-        tables[name][key] = {each: 1.0 if each == wanted else 2.0 for each in known}
+        tables[name][key] = {each: 1.0 if each == wanted else 100.0 for each in known}
     own_table.write_text(json.dumps(tables))
     kernel_choice._tables.cache_clear()
     chosen = kernel_choice.choose(rtn(), torch.bfloat16, layer.candidates)
@@ -381,7 +390,13 @@ def test_the_table_decides_and_a_broken_one_is_measured_anew(own_table):
         few, _ = kernel_choice.choose(rtn(), torch.bfloat16, layer.candidates)
         known = json.loads(own_table.read_text())[name]
         (measured,) = (value for key, value in known.items() if key.startswith("few"))
-        assert min(measured, key=measured.get) == few.name
+        # The fastest, where one that Python has to be asked for is CALLED slower than it is.
+        cost = {
+            k.name: measured[k.name] + kernel_choice.CALLED * k.called
+            for k in layer.candidates
+            if k.name in measured
+        }
+        assert min(cost, key=cost.get) == few.name
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeypatch):
