@@ -35,7 +35,7 @@ POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 FUNCTIONS = {
     "has_rounded_rows": [],
     "product": [POINTER] * 3 + [LONG, INT],
-    "decode": [POINTER] * 3 + [LONG] * 3,
+    "decode": [POINTER] * 3 + [LONG] * 2,
 }
 COLUMNS, GROUP = 64, 32  # what in_features and groups must be multiples of
 BLOCK = 128  # inputs that are rounded by one step, at most

@@ -39,7 +39,12 @@ class NormStruct(ctypes.Structure):
 class BlockStruct(ctypes.Structure):
     """`block` of decode.c."""
 
-    _fields_ = (("norms", NormStruct * 2), ("layers", Matrix * 4), ("inner", ctypes.c_int32))
+    _fields_ = (
+        ("norms", NormStruct * 2),
+        ("layers", Matrix * 4),
+        ("up", ctypes.c_int64),
+        ("inner", ctypes.c_int32),
+    )
 
 
 class DecoderStruct(ctypes.Structure):
@@ -88,34 +93,32 @@ def _is_plain(norm: Any, dtype: torch.dtype) -> bool:
 
 @dataclass
 class Program:
-    """A decoder's blocks as C wants them. up, inner: outputs of those layers."""
+    """A decoder's blocks as C wants them. shapes: outputs of `up` and of `inner`, each block's."""
 
     blocks: Any
     last: NormStruct
-    up: int
-    inner: int
+    shapes: list[tuple[int, int]]
     held: list[Tensor | None]  # what the structures point to
 
 
 def program(decoder: "Decoder") -> Program:
-    """Raises ValueError if the blocks are not all of one shape."""
+    """Chooses the kernels of all layers for one row, where that is not done."""
     held: list[Tensor | None] = []
     blocks = (BlockStruct * len(decoder.blocks))()
-    shapes = set()
+    shapes = []
     for block, struct in zip(decoder.blocks, blocks, strict=True):
         for which, norm in enumerate((block.norm1, block.norm2)):
             struct.norms[which] = _norm(norm, held)
         for which, name in enumerate(LAYERS[:4]):
             struct.layers[which] = _matrix(getattr(block, name), decoder.dtype, held)
         up, inner = _inner_shape(decoder, block)
-        shapes.add((up, inner))
+        shapes.append((up, inner))
+        struct.up = up
         if isinstance(block.inner, GatedUnit) and up % 16 == 0:
             struct.inner = GATE
         elif isinstance(block.inner, Gelu) and block.inner.approximate == "tanh" and up % 8 == 0:
             struct.inner = GELU
-    if len(shapes) != 1:
-        raise ValueError(f"blocks of {len(shapes)} shapes")
-    return Program(blocks, _norm(decoder.norm, held), *shapes.pop(), held)
+    return Program(blocks, _norm(decoder.norm, held), shapes, held)
 
 
 def _norm(norm: Any, held: list[Tensor | None]) -> NormStruct:
@@ -165,20 +168,18 @@ class Step:
         attended = decoder.heads * decoder.width
         rows = attended + 2 * decoder.key_heads * decoder.width
         self.x, self.normed, self.delta = torch.empty(3, batch, 1, columns, dtype=dtype).unbind()
-        wide = torch.empty(batch * max(rows, self.program.up), dtype=dtype)
-        inner = torch.empty(batch * max(attended, self.program.inner), dtype=dtype)
+        most = [max(part) for part in zip(*self.program.shapes, strict=True)]
+        wide = torch.empty(batch * max(rows, most[0]), dtype=dtype)
+        inner = torch.empty(batch * max(attended, most[1]), dtype=dtype)
 
         def part(of: Tensor, width: int) -> Tensor:
             return of[: batch * width].view(batch, 1, width)
 
-        up, gated = part(wide, self.program.up), part(inner, self.program.inner)
-        self.ends = (  # of the layers: what goes in, what comes out
-            (self.normed, part(wide, rows)),
-            (part(inner, attended), self.delta),
-            (self.normed, up),
-            (gated, self.delta),
-            (up, gated),
-        )
+        attention = (self.normed, part(wide, rows)), (part(inner, attended), self.delta)
+        self.ends = []  # of each block's layers: what goes in, what comes out
+        for number, gated in self.program.shapes:
+            up, down = part(wide, number), part(inner, gated)
+            self.ends.append((*attention, (self.normed, up), (down, self.delta), (up, down)))
         self.caches = (POINTER * len(decoder.blocks))()
         self.error: BaseException | None = None
         places = (each.data_ptr() for each in (self.x, self.normed, wide, inner, self.delta))
@@ -191,7 +192,7 @@ class Step:
     def _call(self, block: int, which: int) -> int:
         """Compute a layer that C has not. An error waits until C has returned."""
         try:
-            x, y = self.ends[which]
+            x, y = self.ends[block][which]
             y.copy_(getattr(self.decoder.blocks[block], LAYERS[which])(x).reshape(y.shape))
         except BaseException as error:
             self.error = error
@@ -216,7 +217,7 @@ class Step:
         self.x.copy_(x)
         pointers = (None if angle is None else angle.data_ptr() for angle in (cos, sin))
         failed = compiled.loaded().decode(
-            *(ctypes.byref(self.struct), *pointers, cache.room, cache.length - 1, self.program.up)
+            *(ctypes.byref(self.struct), *pointers, cache.room, cache.length - 1)
         )
         if self.error is not None:
             error, self.error = self.error, None

@@ -24,6 +24,7 @@ enum { OTHER, GATE, GELU };
 typedef struct {
   norm norms[2];
   matrix layers[4];
+  int64_t up;    /* rows of up, from which `inner` is made */
   int32_t inner; /* what stands between up and down */
 } block;
 
@@ -104,9 +105,8 @@ static int layer(const decoder *d, long number, int which, const void *x, void *
 }
 
 /* One token of each sequence: x embedded, `normed` the answer. cos, sin, room, before: see attend.
-   up: rows of `up`, from which `inner` is made. Returns 0; 1 if memory is short; else what `call`
-   returned. */
-int decode(const decoder *d, const void *cos, const void *sin, long room, long before, long up) {
+   Returns 0; 1 if memory is short; else what `call` returned. */
+int decode(const decoder *d, const void *cos, const void *sin, long room, long before) {
   const void *delta = NULL;
   int failed = 0;
 #define NORM(n) \
@@ -124,9 +124,9 @@ int decode(const decoder *d, const void *cos, const void *sin, long room, long b
     NORM(b->norms[1]);
     TRY(layer(d, number, UP, d->normed, d->wide));
     if (b->inner == GATE)
-      gate(d->wide, d->inner, d->batch, up / 2, d->bfloat16);
+      gate(d->wide, d->inner, d->batch, b->up / 2, d->bfloat16);
     else if (b->inner == GELU)
-      gelu(d->wide, d->inner, d->batch * up, d->bfloat16);
+      gelu(d->wide, d->inner, d->batch * b->up, d->bfloat16);
     else
       TRY(d->call(number, INNER));
     TRY(layer(d, number, DOWN, d->inner, d->delta));
