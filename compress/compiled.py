@@ -38,6 +38,7 @@ FUNCTIONS = {
     "decode": [POINTER] * 3 + [LONG] * 2,
 }
 COLUMNS, GROUP = 64, 32  # what in_features and groups must be multiples of
+LONGEST = 2**16  # inputs of a layer: some of what C keeps for them is on the stack
 BLOCK = 128  # inputs that are rounded by one step, at most
 TYPES = {torch.bfloat16: 16, torch.float32: 32}
 
@@ -131,6 +132,7 @@ def fits(layer: Any, dtype: torch.dtype) -> bool:
         and layer.order is None
         and layer.int4 is None
         and layer.in_features % COLUMNS == 0
+        and layer.in_features <= LONGEST
         and layer.in_features % layer.group_size == 0
         and layer.group_size % GROUP == 0
         and library() is not None

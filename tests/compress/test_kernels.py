@@ -48,6 +48,8 @@ GRIDS = [(4, True), (4, False), (3, False), (2, True), (8, False)]
         (rtn(columns=160), ["int4pack", *REBUILD]),  # 64, 64 and 32: groups of 32 for the kernel
         (rtn(group_size=48), REBUILD),  # not a group of the kernel, which would crash, unchecked
         (rtn(columns=100), REBUILD),
+        (rtn(rows=1, columns=2**16), INT4),
+        (rtn(rows=1, columns=2**16 + 64), ["int4pack", *REBUILD]),  # more than C's stack is for
         (rtn(dtype="float32"), [*OURS, *REBUILD]),  # scales that int4pack would round
         (int8(), INT8),
         (int8(symmetric=False), INT8),
