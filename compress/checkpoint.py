@@ -1,9 +1,10 @@
 """Save and load models: safetensors for tensors, JSON for everything else, never pickle.
 
 A folder holds config.json (transformers' own), model.safetensors and compression.json, which
-lists the layers that are not plain ones. A folder without compression.json is an ordinary
-Hugging Face checkpoint, and an uncompressed model is saved as one: GPT-2's Conv1D weights,
-which are Linear in memory, are written back transposed, and a tied head is not written twice.
+lists the layers that are not plain ones and the sizes of blocks that config.json cannot say. A
+folder without compression.json is an ordinary Hugging Face checkpoint, and an uncompressed model is
+saved as one: GPT-2's Conv1D weights, which are Linear in memory, are written back transposed, and a
+tied head is not written twice.
 """
 
 import copy
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from compress.block_shapes import reshape, unsaid
 from compress.dynamic_linear import Float16Linear, Int8DynamicLinear
 from compress.layers import model_dtype
 from compress.model_config import skeleton
@@ -62,9 +64,12 @@ def _write(model: Any, folder: Path, method: Any) -> None:
     config = copy.deepcopy(model.config)
     config.dtype = model_dtype(model)  # the file's, not the source's
     config.to_json_file(folder / CONFIG)
-    if layers or method is not None:
+    blocks = unsaid(model)
+    if layers or blocks or method is not None:
         specs = {name: layer.spec() for name, layer in layers.items()}
         about = {"format": "slimbench", "version": VERSION, "layers": specs}
+        if blocks:
+            about["blocks"] = blocks
         if method is not None:
             about["method"] = type(method).__name__
             about["settings"] = dataclasses.asdict(method)
@@ -79,11 +84,16 @@ def load(folder: Path | str, dtype: torch.dtype | None = None) -> nn.Module:
     Raises ValueError, one line naming the file, for whatever is missing, corrupt or not ours.
     """
     folder = Path(folder)
-    layers = layer_specs(folder)
+    layers, blocks = layer_specs(folder), block_sizes(folder)
     config = read_json(folder / CONFIG)
     if config.get("quantization_config"):
         raise ValueError(f"{folder} is quantized already; give the floating-point model")
     model = skeleton(config, folder / CONFIG, file_bytes(folder))
+    if blocks is not None:
+        try:
+            reshape(model, blocks)
+        except ValueError as error:
+            raise ValueError(f"{folder / ABOUT}: {error}") from None
     for name, spec in layers.items():
         where = f"{folder / ABOUT}: layer {name!r}"
         place(model, name, _from_spec(spec, where), where)
@@ -104,13 +114,23 @@ def _from_spec(spec: Any, where: str) -> Any:
 
 def layer_specs(folder: Path) -> dict[str, dict[str, Any]]:
     """Dotted name -> spec of each compressed layer in `folder`; empty for a plain checkpoint."""
+    layers = _about(folder).get("layers", {})
+    if not isinstance(layers, dict):
+        raise ValueError(f"{folder / ABOUT}: 'layers' must be a mapping")
+    return layers
+
+
+def block_sizes(folder: Path) -> Any:
+    """The sizes of blocks that config.json cannot say, unchecked; None if it says them."""
+    return _about(folder).get("blocks")
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """compression.json; empty for a plain checkpoint. Raises ValueError if it is not ours."""
     path = folder / ABOUT
     if not path.exists():
         return {}
     about = read_json(path)
     if about.get("format") != "slimbench" or about.get("version") != VERSION:
         raise ValueError(f"{path} is not of this program's format, version {VERSION}")
-    layers = about.get("layers")
-    if not isinstance(layers, dict):
-        raise ValueError(f"{path}: 'layers' must be a mapping")
-    return layers
+    return {"layers": None} | about

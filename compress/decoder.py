@@ -30,32 +30,30 @@ GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
 class Cache:
     """Keys and values of every block: one tensor (2, batch, key heads, room, width) a block.
 
-    length: tokens read so far. It grows by doubling.
+    heads: key heads of each block. length: tokens read so far. It grows by doubling.
     """
 
     def __init__(
         self,
-        blocks: int,
         batch: int,
-        heads: int,
+        heads: list[int],
         width: int,
         dtype: torch.dtype,
         device: torch.device,
     ):
-        self.shape = (2, batch, heads, width)
+        self.batch, self.heads, self.width = batch, heads, width
         self.like = torch.empty(0, dtype=dtype, device=device)
         self.length = self.room = 0
         self.step: Any = None  # see token_step.py
-        self.blocks = [self.like] * blocks
+        self.blocks = [self.like] * len(heads)
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many more tokens."""
         if self.length + tokens <= self.room:
             return
         self.room = max(2 * self.room, self.length + tokens + ROOM)
-        two, batch, heads, width = self.shape
-        for number, old in enumerate(self.blocks):
-            new = self.like.new_empty(two, batch, heads, self.room, width)
+        for number, (old, heads) in enumerate(zip(self.blocks, self.heads, strict=True)):
+            new = self.like.new_empty(2, self.batch, heads, self.room, self.width)
             if self.length:
                 new[..., : self.length, :] = old[..., : self.length, :]
             self.blocks[number] = new
@@ -69,6 +67,8 @@ class Block:
     first layers and its last, (..., rows of `up`) -> (..., in of `down`).
     """
 
+    heads: int
+    key_heads: int
     norm1: Layer
     qkv: Layer
     out: Layer
@@ -86,8 +86,6 @@ class Decoder:
     embed: Callable[[Tensor, int], Tensor]  # (ids, position of the first) -> hidden
     norm: Layer
     head: Layer
-    heads: int
-    key_heads: int
     width: int
     scale: float
     rotary: Rotary | None
@@ -106,8 +104,8 @@ class Decoder:
 
     def cache(self, batch: int) -> Cache:
         """An empty cache."""
-        sizes = len(self.blocks), batch, self.key_heads, self.width
-        return Cache(*sizes, self.dtype, self.device)
+        heads = [block.key_heads for block in self.blocks]
+        return Cache(batch, heads, self.width, self.dtype, self.device)
 
     def linears(self) -> list[Any]:
         """The layers that multiply matrices, the head last."""
@@ -128,18 +126,17 @@ class Decoder:
         if few and self.steps_compiled and x.dtype == self.dtype:
             return token_step.step(self, x, cache)
         angles = self.rotary.at(start, stop) if self.rotary else None
-        turned = self.heads + self.key_heads
         mask = _mask(start, stop, self.device) if start and count > 1 else None
         for block, held in zip(self.blocks, cache.blocks, strict=True):
             qkv = block.qkv(block.norm1(x)).view(batch, count, -1, self.width)
             if angles is not None:
-                part = qkv.narrow(2, 0, turned)
+                part = qkv.narrow(2, 0, block.heads + block.key_heads)
                 other = torch.roll(part, self.width // 2, -1)
                 part.mul_(angles[0]).addcmul_(other, angles[1])
-            both = qkv.narrow(2, self.heads, 2 * self.key_heads).unflatten(2, (2, -1))
+            both = qkv.narrow(2, block.heads, 2 * block.key_heads).unflatten(2, (2, -1))
             held.narrow(3, start, count).copy_(both.permute(2, 0, 3, 1, 4))
             keys, values = held.narrow(3, 0, stop).unbind(0)
-            x = x + block.out(self.attend(qkv.narrow(2, 0, self.heads), keys, values, mask))
+            x = x + block.out(self.attend(qkv.narrow(2, 0, block.heads), keys, values, mask))
             x = x + block.down(block.inner(block.up(block.norm2(x))))
         return self.norm(x)
 
@@ -150,14 +147,14 @@ class Decoder:
         """
         batch, count = query.shape[:2]
         if count == 1:  # heads that share keys become rows of one product
-            grouped = query.view(batch, self.key_heads, -1, self.width)
+            grouped = query.view(batch, keys.shape[1], -1, self.width)
             y = F.scaled_dot_product_attention(grouped, keys, values, scale=self.scale)
             return y.reshape(batch, 1, -1)
         y = F.scaled_dot_product_attention(
             *(query.transpose(1, 2), keys, values, mask),
             is_causal=mask is None,
             scale=self.scale,
-            enable_gqa=self.heads != self.key_heads,
+            enable_gqa=query.shape[2] != keys.shape[1],
         )
         return y.transpose(1, 2).reshape(batch, count, -1)
 
@@ -189,6 +186,8 @@ def _llama(model: Any, own: bool) -> Decoder | None:
         attention, mlp = layer.self_attn, layer.mlp
         blocks.append(
             Block(
+                _heads(attention.q_proj, width, config.num_attention_heads),
+                _heads(attention.k_proj, width, config.num_key_value_heads),
                 _rms_norm(layer.input_layernorm),
                 fused(attention, ("q_proj", "k_proj", "v_proj"), dtype, own),
                 fused(attention, ("o_proj",), dtype, own),
@@ -203,14 +202,17 @@ def _llama(model: Any, own: bool) -> Decoder | None:
         lambda ids, start: body.embed_tokens(ids),
         _rms_norm(body.norm),
         fused(model, ("lm_head",), dtype, own),
-        config.num_attention_heads,
-        config.num_key_value_heads,
         width,
         width**-0.5,
         Rotary(body.rotary_emb, dtype, device),
         dtype,
         device,
     )
+
+
+def _heads(layer: Any, width: int, said: int, side: str = "out_features") -> int:
+    """How many heads of `width` the layer writes or reads; `said` where it does not tell."""
+    return getattr(layer, side, said * width) // width
 
 
 def _gelu(module: Any, approximate: str) -> Layer:
@@ -237,6 +239,8 @@ def _gpt2(model: Any, own: bool) -> Decoder | None:
     approximate = GELU[config.activation_function]
     blocks = [
         Block(
+            _heads(block.attn.c_proj, width, config.n_head, "in_features"),
+            _heads(block.attn.c_proj, width, config.n_head, "in_features"),
             block.ln_1,
             fused(block.attn, ("c_attn",), dtype, own),
             fused(block.attn, ("c_proj",), dtype, own),
@@ -252,6 +256,4 @@ def _gpt2(model: Any, own: bool) -> Decoder | None:
         return body.wte(ids) + body.wpe.weight[start : start + ids.shape[1]]
 
     head = fused(model, ("lm_head",), dtype, own)
-    heads = config.n_head
-    shape = heads, heads, width, width**-0.5
-    return Decoder(blocks, embed, body.ln_f, head, *shape, None, dtype, device)
+    return Decoder(blocks, embed, body.ln_f, head, width, width**-0.5, None, dtype, device)

@@ -22,7 +22,8 @@ class Half:
 
     inputs: linear layers that read norm(x). output: the last linear layer of the half.
     before_output: the linear whose output channels reach `output` scaled one by one, so that a
-    factor can move between the two exactly; None where a non-linearity stands between.
+    factor can move between the two exactly; None where a non-linearity stands between. parts: how
+    many matrices each of `inputs` holds, one below the other.
     """
 
     norm: str
@@ -30,6 +31,7 @@ class Half:
     inputs: tuple[str, ...]
     output: str
     before_output: str | None
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ FAMILIES = {
         ("transformer.wte", "transformer.wpe"),
         "transformer.ln_f",
         # Rows of c_attn are q, k, v. GELU stands between c_fc and mlp.c_proj.
-        Half("ln_1", "attn", ("attn.c_attn",), "attn.c_proj", "attn.c_attn"),
+        Half("ln_1", "attn", ("attn.c_attn",), "attn.c_proj", "attn.c_attn", parts=3),
         Half("ln_2", "mlp", ("mlp.c_fc",), "mlp.c_proj", None),
     ),
 }

@@ -161,3 +161,22 @@ def upper_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     factor = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
     return factor.flip(-2, -1), failed
+
+
+def inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """U, upper triangular float64, with U^T U = (H + damping)^-1.
+
+    gram: H, (in, in), positive semi-definite. An input that is always 0 gets a diagonal of 1.
+    Damping grows tenfold until the factorization succeeds; ValueError if it never does.
+    """
+    damped = gram.to(torch.float64, copy=True)
+    diagonal = damped.diagonal().clone()
+    mean = diagonal.mean().item() or 1.0  # all zero: no input, any factor will do
+    while damping <= 10:
+        damped.diagonal().copy_(diagonal + damping * mean)
+        damped.diagonal()[diagonal == 0] = 1
+        factor, failed = upper_factor(damped)
+        if not failed and factor.isfinite().all():
+            return factor
+        damping *= 10
+    raise ValueError("H is not positive definite, however much it is damped")

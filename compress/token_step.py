@@ -42,6 +42,7 @@ class BlockStruct(ctypes.Structure):
     _fields_ = (
         ("norms", NormStruct * 2),
         ("layers", Matrix * 4),
+        *((name, ctypes.c_int64) for name in ("heads", "key_heads")),
         ("up", ctypes.c_int64),
         ("inner", ctypes.c_int32),
     )
@@ -53,8 +54,7 @@ class DecoderStruct(ctypes.Structure):
     _fields_ = (
         ("blocks", POINTER),
         ("last", NormStruct),
-        *((name, ctypes.c_int64) for name in ("count", "batch", "columns")),
-        *((name, ctypes.c_int64) for name in ("heads", "key_heads", "width")),
+        *((name, ctypes.c_int64) for name in ("count", "batch", "columns", "width")),
         ("scale", ctypes.c_float),
         ("bfloat16", ctypes.c_int32),
         *((name, POINTER) for name in ("x", "normed", "wide", "inner", "delta")),
@@ -68,7 +68,7 @@ def takes(decoder: "Decoder") -> bool:
     norms = [norm for block in decoder.blocks for norm in (block.norm1, block.norm2)]
     return (
         all(_is_plain(norm, decoder.dtype) for norm in [*norms, decoder.norm])
-        and decoder.heads % decoder.key_heads == 0
+        and all(block.heads % block.key_heads == 0 for block in decoder.blocks)
         and decoder.width % 16 == 0
         and decoder.width <= WIDEST
         and compiled.library() is not None
@@ -113,7 +113,7 @@ def program(decoder: "Decoder") -> Program:
             struct.layers[which] = _matrix(getattr(block, name), decoder.dtype, held)
         up, inner = _inner_shape(decoder, block)
         shapes.append((up, inner))
-        struct.up = up
+        struct.heads, struct.key_heads, struct.up = block.heads, block.key_heads, up
         if isinstance(block.inner, GatedUnit) and up % 16 == 0:
             struct.inner = GATE
         elif isinstance(block.inner, Gelu) and block.inner.approximate == "tanh" and up % 8 == 0:
@@ -165,19 +165,20 @@ class Step:
     def __init__(self, decoder: "Decoder", batch: int):
         self.decoder, self.program = decoder, decoder.program
         columns, dtype = _columns(decoder), decoder.dtype
-        attended = decoder.heads * decoder.width
-        rows = attended + 2 * decoder.key_heads * decoder.width
+        attended = [block.heads * decoder.width for block in decoder.blocks]
+        rows = [(block.heads + 2 * block.key_heads) * decoder.width for block in decoder.blocks]
         self.x, self.normed, self.delta = torch.empty(3, batch, 1, columns, dtype=dtype).unbind()
         most = [max(part) for part in zip(*self.program.shapes, strict=True)]
-        wide = torch.empty(batch * max(rows, most[0]), dtype=dtype)
-        inner = torch.empty(batch * max(attended, most[1]), dtype=dtype)
+        wide = torch.empty(batch * max(*rows, most[0]), dtype=dtype)
+        inner = torch.empty(batch * max(*attended, most[1]), dtype=dtype)
 
         def part(of: Tensor, width: int) -> Tensor:
             return of[: batch * width].view(batch, 1, width)
 
-        attention = (self.normed, part(wide, rows)), (part(inner, attended), self.delta)
         self.ends = []  # of each block's layers: what goes in, what comes out
-        for number, gated in self.program.shapes:
+        sizes = zip(rows, attended, self.program.shapes, strict=True)
+        for qkv, out, (number, gated) in sizes:
+            attention = (self.normed, part(wide, qkv)), (part(inner, out), self.delta)
             up, down = part(wide, number), part(inner, gated)
             self.ends.append((*attention, (self.normed, up), (down, self.delta), (up, down)))
         self.caches = (POINTER * len(decoder.blocks))()
@@ -185,7 +186,7 @@ class Step:
         places = (each.data_ptr() for each in (self.x, self.normed, wide, inner, self.delta))
         self.struct = DecoderStruct(
             *(ctypes.addressof(self.program.blocks), self.program.last, len(decoder.blocks)),
-            *(batch, columns, decoder.heads, decoder.key_heads, decoder.width, decoder.scale),
+            *(batch, columns, decoder.width, decoder.scale),
             *(dtype == torch.bfloat16, *places, ctypes.addressof(self.caches), CALL(self._call)),
         )
 

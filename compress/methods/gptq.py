@@ -24,7 +24,7 @@ from compress.base import Compressor, Progress, silent
 from compress.dtypes import DTYPES, check_dtype
 from compress.layer_inputs import Group
 from compress.layers import SKIP, named_finite, refuse_no_effect
-from compress.output_error import refit_scales, upper_factor
+from compress.output_error import inverse_factor, refit_scales
 from compress.quant_linear import QuantLinear
 from compress.quant_math import check_grid, fit_range, grouped
 from compress.registry import register
@@ -200,25 +200,6 @@ class Gptq(Compressor):
         dtype = DTYPES[self.dtype]
         scale, zero = fit_range(groups, self.bits, self.symmetric, dtype, self.clip, loss)
         return scale[..., 0], zero[..., 0]
-
-
-def inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """U, upper triangular float64, with U^T U = (H + damping)^-1.
-
-    gram: H, (in, in), positive semi-definite. An input that is always 0 gets a diagonal of 1.
-    Damping grows tenfold until the factorization succeeds; ValueError if it never does.
-    """
-    damped = gram.to(torch.float64, copy=True)
-    diagonal = damped.diagonal().clone()
-    mean = diagonal.mean().item() or 1.0  # all zero: no input, any factor will do
-    while damping <= 10:
-        damped.diagonal().copy_(diagonal + damping * mean)
-        damped.diagonal()[diagonal == 0] = 1
-        factor, failed = upper_factor(damped)
-        if not failed and factor.isfinite().all():
-            return factor
-        damping *= 10
-    raise ValueError("H is not positive definite, however much it is damped")
 
 
 register("gptq", Gptq())

@@ -24,6 +24,7 @@ enum { OTHER, GATE, GELU };
 typedef struct {
   norm norms[2];
   matrix layers[4];
+  int64_t heads, key_heads;
   int64_t up;    /* rows of up, from which `inner` is made */
   int32_t inner; /* what stands between up and down */
 } block;
@@ -31,7 +32,7 @@ typedef struct {
 typedef struct {
   const block *blocks;
   norm last;
-  int64_t count, batch, columns, heads, key_heads, width;
+  int64_t count, batch, columns, width;
   float scale;
   int32_t bfloat16;
   void *x, *normed, *wide, *inner, *delta; /* (batch, ...): see token_step.py */
@@ -117,7 +118,7 @@ int decode(const decoder *d, const void *cos, const void *sin, long room, long b
     const block *b = d->blocks + number;
     NORM(b->norms[0]);
     TRY(layer(d, number, QKV, d->normed, d->wide));
-    TRY(attend(d->wide, cos, sin, d->caches[number], d->inner, d->batch, d->heads, d->key_heads,
+    TRY(attend(d->wide, cos, sin, d->caches[number], d->inner, d->batch, b->heads, b->key_heads,
                d->width, room, before, d->scale, d->bfloat16));
     TRY(layer(d, number, OUT, d->inner, d->delta));
     delta = d->delta;

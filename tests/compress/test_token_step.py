@@ -128,8 +128,8 @@ def test_what_is_not_taken(tiny_gpt2):
     decoder = TorchRunner(checkpoint.load(tiny_gpt2)).decoder
     assert token_step.takes(decoder)
     for changes in (
-        dict(key_heads=3),  # of 4 heads
-        dict(key_heads=8),
+        dict(blocks=[replace(decoder.blocks[0], key_heads=3)]),  # of 4 heads
+        dict(blocks=[*decoder.blocks, replace(decoder.blocks[0], key_heads=8)]),
         dict(width=24),
         dict(width=1024),
         dict(norm=nn.LayerNorm(64, bias=False)),  # C would not subtract the mean
