@@ -39,6 +39,8 @@ python -m bench run --methods gptq,awq
 
 python -m bench run --methods 'gptq,gptq(bits=3),rtn(bits=4,group_size=32)'
 
+python -m bench run --methods 'prune_structured(ratio=0.2)+recover(steps=200)+gptq(bits=4)'
+
 python -m bench run --model gpt2 --data wikitext2 --methods gptq --set gptq.bits=3
 
 python -m bench run --model tiny-llama --data my.txt --window 256 --limit 8 --threads 1
@@ -90,6 +92,9 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="METHOD.SETTING=VALUE", help="A setting; may be repeated."),
     ] = None,
+    permute: Annotated[
+        bool, typer.Option("--permute", help="Pipelines in every order of stages that makes sense.")
+    ] = False,
     metrics: Annotated[
         str | None, typer.Option(help="Metrics, parted by commas.", show_default="all")
     ] = None,
@@ -120,11 +125,14 @@ def run(
         seed=seed,
         threads=threads,
         timeout_s=timeout_s,
+        permute=permute,
     )
     names = [name.strip() for name in model.split(",") if name.strip()]
     if not names:
         raise UsageError("--model names no model; see: python -m bench list")
     plans = [bench_run.plan(replace(request, model=name)) for name in names]
+    for reason in bench_run.left_out(request):
+        err.print(f"left out: {reason}", markup=False)
     done: list[store.Record] = []
     try:
         with watching() as (watch, say):

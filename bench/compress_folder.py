@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench import model_folder, models, run
+from bench.chosen import GROUPS
 from bench.errors import UsageError
 from bench.launch import Report, launch
 from compress import registry
@@ -25,7 +26,7 @@ def compress_folder(request: run.Request, folder: Path, report: Report) -> int:
     if folder.exists():
         raise UsageError(f"{folder} is there already; choose a new folder")
     named = [name for name, _ in registry.parse_list(request.methods)]
-    if len(named) != 1 or named[0] in run.GROUPS:
+    if len(named) != 1 or named[0] in GROUPS:
         raise UsageError(f"one folder holds what one method makes, not {request.methods!r}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     task = run.plan(replace(request, metrics="size"))[-1]  # the first is the parent

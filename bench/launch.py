@@ -51,6 +51,7 @@ class Task:
     env: str | None  # None: this interpreter
     packages: tuple[str, ...]  # that hold the methods
     timeout_s: float
+    before: "Task | None" = None  # whose artefact a pipeline's last stage goes on from
 
     @property
     def artefact(self) -> Path:
@@ -103,10 +104,13 @@ def launch(
 def _run(
     task: Task, box: Path, python: Path | None, report: Report, measure: bool
 ) -> dict[str, Any]:
+    if cost_of(task.artefact) is None and task.before is not None:
+        _before(task.before, report)
     described = {
         "job": asdict(task.job),
         "folder": str(task.folder.resolve()),
         "artefact": str(task.artefact),
+        "before": str(task.before.artefact) if task.before else None,
         "packages": task.packages,
     }
     (box / "task.json").write_text(json.dumps(described), encoding="utf-8")
@@ -124,6 +128,13 @@ def _run(
         "values": cost["values"] | measured["values"],
         "blocks": cost["blocks"] | measured["blocks"],
     }
+
+
+def _before(task: Task, report: Report) -> None:
+    """Make the artefact of a stage, where it is not there. Raises Failed, naming the stage."""
+    record = launch(task, report, measure=False)
+    if record["status"] != "ok":
+        raise Failed(f"after {task.job.method}: {record['error']}")
 
 
 def _step(

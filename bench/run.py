@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import data, environments, models
+from bench.chosen import GROUPS, chosen_methods, permuted, staged
 from bench.errors import UsageError
-from bench.job import PARENT, Job
+from bench.job import Job
 from bench.launch import ROOT, Report, Task, launch, start_server
 from bench.machine import cores, machine, packages
 from bench.metrics import METRICS
@@ -21,7 +22,6 @@ from compress import checkpoint, model_files, registry
 from compress.base import Compressor
 from results import store
 
-GROUPS = {"ours": "compress.methods", "peers": "baselines.adapters"}  # for every method there
 METHOD_PACKAGES = tuple(GROUPS.values())
 KERNEL_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")  # can change a number
 PROMPT_TOKENS, NEW_TOKENS = 512, 64  # what latency is measured with
@@ -45,25 +45,29 @@ class Request:
     seed: int = 0
     threads: int | None = None  # None: every core
     timeout_s: float = 3600.0
+    permute: bool = False  # pipelines in every order that fits
 
 
 def plan(request: Request) -> list[Task]:
-    """The tasks that answer `request`, the parent first, each once.
+    """The tasks that answer `request`, the parent first, each once; stages before what needs them.
 
     Raises UnknownName, UnknownModel, UnknownData or UsageError for what the request gets wrong,
     ValueError for a model that is found and unusable.
     """
     registry.discover(*METHOD_PACKAGES)
     compressors = chosen_methods(request.methods, request.overrides)
+    if request.permute:
+        compressors = permuted(compressors)[0]
     metrics = chosen_metrics(request.metrics)
     calibration = request.calibration or request.data
     shas = {name: data.fingerprint(name) for name in (request.data, calibration)}
     model = models.resolve(request.model)
     context = context_of(model)
     protocol = protocol_for(model.alias, context, request)
-    tasks = {}
+    tasks: dict[str, Task] = {}
     compressed = bool(checkpoint.layer_specs(model.folder))
-    for name, method in compressors:
+    before: Task | None = None
+    for name, method, goes_on in staged(compressors):
         if method.env and compressed:
             raise UsageError(f"{model.alias} is compressed already, in a format {name} cannot read")
         drawn = None
@@ -92,9 +96,17 @@ def plan(request: Request) -> list[Task]:
             environment=environment(method.env),
             code=code_of(method),
         )
-        place = Task(job, model.folder, method.env, METHOD_PACKAGES, request.timeout_s)
-        tasks[job.key()] = place
+        before = before if goes_on else None
+        before = Task(job, model.folder, method.env, METHOD_PACKAGES, request.timeout_s, before)
+        tasks.setdefault(job.key(), before)
     return list(tasks.values())
+
+
+def left_out(request: Request) -> list[str]:
+    """The orders of stages that `--permute` cannot try, each with the reason."""
+    if not request.permute:
+        return []
+    return permuted(chosen_methods(request.methods, request.overrides))[1]
 
 
 def cached(task: Task, results: Path) -> store.Record | None:
@@ -145,49 +157,6 @@ def check_blocks(tasks: list[Task]) -> None:
         data.calibration_blocks(
             drawn["data"], tokenizer, drawn["samples"], drawn["length"], drawn["seed"]
         )
-
-
-def chosen_methods(text: str, overrides: tuple[str, ...]) -> list[tuple[str, Any]]:
-    """(name, Compressor) of the parent and of every method in `text`, with overrides applied.
-
-    What is written in brackets wins over `--set`, which wins over the default. `ours` and `peers`
-    stand for every method of theirs.
-    """
-    try:
-        wanted = [
-            method
-            for name, own in registry.parse_list(text)
-            for method in (group(name, own) if name in GROUPS else [(name, own)])
-        ]
-        if not wanted:
-            raise UsageError(f"no method in {text!r}; see: python -m bench list")
-        settings: dict[str, dict[str, Any]] = {name: {} for name, _ in wanted}
-        for override in overrides:
-            target, equals, value = override.partition("=")
-            name, dot, setting = target.strip().rpartition(".")
-            if not equals or not dot or not value.strip():
-                raise UsageError(f"cannot read --set {override!r}; write method.setting=value")
-            if name not in settings:
-                known = ", ".join(sorted(settings))
-                raise UsageError(f"--set {override}: no method {name!r} in this run ({known})")
-            settings[name][setting] = registry.read_value(value)
-        chosen = [
-            (name, registry.get(name, **settings[name] | own).pinned()) for name, own in wanted
-        ]
-        return [(PARENT, registry.get(PARENT)), *chosen]
-    except (registry.UnknownName, UsageError):
-        raise
-    except ValueError as error:  # a value that the method refuses was typed by a person
-        raise UsageError(str(error)) from error
-
-
-def group(name: str, own: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Every method of a group of GROUPS with its defaults, but the parent and `file:PATH`."""
-    if own:
-        raise UsageError(f"{name!r} stands for many methods and takes no settings; name them")
-    package = f"{GROUPS[name]}."
-    found = [each for each in registry.names() if each not in (PARENT, registry.FILE)]
-    return [(each, {}) for each in found if type(registry.get(each)).__module__.startswith(package)]
 
 
 def metrics_of(name: str, method: Compressor, metrics: tuple[str, ...]) -> tuple[str, ...]:
@@ -250,7 +219,8 @@ def environment(env: str | None) -> str:
 
 def code_of(method: Compressor) -> dict[str, str]:
     """Hashes of the source that makes the artefact of `method`, and that measures it."""
-    own = sources(method)
+    stages = getattr(method, "stages", (method,))
+    own = sorted({file for stage in stages for file in sources(stage)})
     bench = ROOT / "bench"
     made_by = [*own, bench / "models.py", bench / "data.py"]
     return {

@@ -53,17 +53,23 @@ def compress(box: Path, job: Job, task: dict[str, Any]) -> None:
     method = registry.get(job.method, **job.settings)
     model = models.Model(job.model, Path(task["folder"]), job.revision)
     check_data(job)
+    before = Path(task["before"]) if task["before"] else None
+    stage = getattr(method, "stages", (method,))[-1]
     blocks = None
-    if job.calibration:
-        drawn = {name: job.calibration[name] for name in ("samples", "length", "seed")}
+    if job.calibration and stage.needs_calibration:
+        drawn = {name: job.calibration[name] for name in ("length", "seed")}
+        samples = stage.drawn(job.calibration["samples"])
         name = job.calibration["data"]
-        blocks = data.calibration_blocks(name, models.tokenizer(model), **drawn)
+        blocks = data.calibration_blocks(name, models.tokenizer(model), samples, **drawn)
+    work = Path(task["artefact"]).with_suffix(".work")
+    extras = {"parent": lambda: method.read(model.folder), "work": work}
     baseline = memory.reset_peak()
-    network = method.read(model.folder)
+    network = stage.read(before / "model" if before else model.folder)
 
     wall, cpu = time.perf_counter(), time.process_time()
     ids = blocks.ids if blocks else None
-    compressed = method.compress(network, ids, reporter(box, "block"))
+    asked = {name: extras[name] for name in stage.extras}
+    compressed = stage.compress(network, ids, reporter(box, "block"), **asked)
     cost: dict[str, Any] = {
         "compress_s": time.perf_counter() - wall,
         "compress_cpu_s": time.process_time() - cpu,
@@ -72,16 +78,35 @@ def compress(box: Path, job: Job, task: dict[str, Any]) -> None:
     folder = made / "model"
     folder.mkdir(parents=True)
     start = time.perf_counter()
-    method.save(compressed, folder)
+    stage.save(compressed, folder)
     cost |= {
         "save_s": time.perf_counter() - start,
         "compress_peak_rss_bytes": memory.peak_bytes() - baseline,
         "compress_baseline_rss_bytes": baseline,
     }
+    if before:
+        cost = of_all_stages(json.loads((before / "cost.json").read_text("utf-8")), cost)
     used = {"calibration": facts(blocks)} if blocks else {}
     write(made / "job.json", task["job"])
     write(made / "cost.json", {"values": cost, "blocks": used, "files": sizes(folder)})
     put_in_place(made, Path(task["artefact"]))
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def of_all_stages(before: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
+    """The cost of a pipeline: times add up, the largest peak counts. `stages` has each one's own.
+
+    before: cost.json of what the last stage went on from.
+    """
+    values = before["values"]
+    own = {name: value for name, value in values.items() if name != "stages"}
+    stages = [*values.get("stages", [own]), dict(last)]
+    stages[-2] = stages[-2] | {"size_bytes": sum(before["files"].values())}
+    times = ("compress_s", "compress_cpu_s", "save_s")
+    total = {name: values[name] + last[name] for name in times}
+    peak = max(values, last, key=lambda each: each["compress_peak_rss_bytes"])
+    memory_of = ("compress_peak_rss_bytes", "compress_baseline_rss_bytes")
+    return total | {name: peak[name] for name in memory_of} | {"stages": stages}
 
 
 def measure(box: Path, job: Job, task: dict[str, Any]) -> None:

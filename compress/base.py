@@ -74,6 +74,11 @@ class Compressor:
     timed: ClassVar[bool] = True  # False: `load` rebuilds plain weights, whose speed says nothing
     foreign: ClassVar[bool] = False  # True: `save` leaves files that others define, not ours
     libraries: ClassVar[tuple[str, ...]] = ()  # whose versions belong into the record
+    takes: ClassVar[tuple[str, ...]] = ("floats",)  # what it can be given: see pipeline.LEFT
+    leaves: ClassVar[str] = "codes"  # what `compress` makes of the matrices
+    # Of `parent` and `work`, those that `compress` takes besides: a function that gives the model
+    # that was there first, and a folder where it keeps what it needs to go on after a crash.
+    extras: ClassVar[tuple[str, ...]] = ()
 
     def pinned(self) -> Self:
         """The method with its settings complete, once what they name has been looked at.
@@ -82,6 +87,10 @@ class Compressor:
         checksum into a setting here. Raises ValueError if a setting names nothing usable.
         """
         return self
+
+    def drawn(self, samples: int) -> int:
+        """Calibration samples to draw where the user asked for so many."""
+        return samples
 
     def read(self, folder: Path) -> Any:
         """A plain model folder as what `compress` takes; not part of what compression costs."""

@@ -109,6 +109,18 @@ def _tell(block: Any, layout: Family) -> None:
         attention.split_size = attention.num_heads * attention.head_dim
 
 
+def keep_blocks(model: Any, keep: list[int]) -> None:
+    """Leave `model` with the blocks `keep` only, in place; caches count them anew."""
+    layout = family(model)
+    blocks = model.get_submodule(layout.blocks)
+    left = nn.ModuleList([blocks[number] for number in keep])
+    for number, block in enumerate(left):
+        attention: Any = block.get_submodule(layout.attention.module)
+        attention.layer_idx = number
+    model.set_submodule(layout.blocks, left)
+    settle(model)
+
+
 def settle(model: Any) -> None:
     """Make model.config say what its blocks are, as far as it can: the largest of each size."""
     found, config = shapes(model), model.config

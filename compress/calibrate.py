@@ -60,7 +60,7 @@ def run(
     blocks = decoder_blocks(model)
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="slimbench-") as folder:
         states = Store(Path(folder), Limit(spill_bytes))
-        context = _first_inputs(model, calibration, dtype, states)
+        context = first_inputs(model, calibration, dtype, states)
         floats = None
         if mode == "drift":
             floats = states.like()
@@ -164,9 +164,7 @@ class BlockWork:
     def forward(self, block: nn.Module) -> None:
         """states = block(states)."""
         for index, x in enumerate(self.states):
-            _, x = _through(block, self.family.attention, x, self.context)
-            _, x = _through(block, self.family.mlp, x, {})
-            self.states.put(index, x)
+            self.states.put(index, through_block(self.family, block, x, self.context))
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -176,6 +174,13 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     native = any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
     return torch.bfloat16 if native else torch.float32
+
+
+def through_block(layout: Family, block: nn.Module, x: Tensor, context: dict[str, Any]) -> Tensor:
+    """What the block makes of x, (samples, tokens, width) both. context: see first_inputs."""
+    _, x = _through(block, layout.attention, x, context)
+    _, x = _through(block, layout.mlp, x, {})
+    return x
 
 
 def _through(
@@ -209,10 +214,13 @@ def _input_of_last(module: nn.Module, last: nn.Module, x: Tensor, kwargs: dict) 
     return seen[0]
 
 
-def _first_inputs(
-    model: nn.Module, calibration: Tensor, dtype: torch.dtype, states: Store
+def first_inputs(
+    model: nn.Module, calibration: Tensor, dtype: torch.dtype, states: Store | list[Tensor]
 ) -> dict[str, Any]:
-    """Fill `states` with the inputs of block 0; return the other arguments of its attention."""
+    """Fill `states` with the inputs of block 0, some samples each; its attention's other arguments.
+
+    calibration: (samples, tokens) int64. dtype: of the states and of the arguments.
+    """
     first = decoder_blocks(model)[0][1]
     attention = first.get_submodule(family(model).attention.module)
     context: dict[str, Any] = {}

@@ -1,8 +1,9 @@
 """The one registry: method name -> Compressor value. Own methods and peers share it.
 
 A method is written `name(setting=value, ...)` wherever a person names one: the command
-line, the leaderboard, a record. `parse` reads that form and `describe` writes it. One method is
-named by what it reads as well: `file:PATH`.
+line, the leaderboard, a record. `parse` reads that form and `describe` writes it. Methods joined by
++ are one method too (pipeline.py), whose one setting is `stages`: the settings of each. One method
+is named by what it reads as well: `file:PATH`.
 """
 
 import ast
@@ -14,6 +15,7 @@ from dataclasses import fields, replace
 from typing import Any, get_args, get_type_hints
 
 from compress.base import Compressor
+from compress.pipeline import JOIN, Pipeline
 
 FILE = "file"  # the method that reads a file: `file:PATH` is `file(path=PATH)`
 _METHODS: dict[str, Compressor] = {}
@@ -42,12 +44,15 @@ def names() -> list[str]:
     return sorted(_METHODS)
 
 
-def get(name: str, **settings: Any) -> Compressor:
+def get(name: str, /, **settings: Any) -> Compressor:
     """The method `name`, with some settings changed. The registered value never changes.
 
-    Raises UnknownName (with "did you mean") for a name or setting that is not there, and
-    ValueError for a setting of the wrong type or one that the method itself refuses.
+    name: "a+b" with stages=[settings of a, settings of b] for a pipeline. Raises UnknownName (with
+    "did you mean") for a name or setting that is not there, and ValueError for a setting of the
+    wrong type or one that the method itself refuses.
     """
+    if JOIN in name:
+        return _pipeline(name, settings)
     if name not in _METHODS:
         raise UnknownName(f"no method {name!r}; {did_you_mean(name, _METHODS)}")
     method = _METHODS[name]
@@ -61,20 +66,30 @@ def get(name: str, **settings: Any) -> Compressor:
     return replace(method, **settings)
 
 
+def _pipeline(name: str, settings: dict[str, Any]) -> Pipeline:
+    """See `get`. A record's settings hold the name as well."""
+    names = name.split(JOIN)
+    stages = settings.get("stages", [{}] * len(names))
+    if settings.keys() - {"name", "stages"} or len(stages) != len(names):
+        raise ValueError(f"{name}: settings of a stage stand in its own brackets")
+    return Pipeline(name, tuple(get(each, **own) for each, own in zip(names, stages, strict=True)))
+
+
 def parse(text: str) -> tuple[str, dict[str, Any]]:
     """Read one method: "gptq(bits=3, symmetric=true)" -> ("gptq", {"bits": 3, "symmetric": True}).
 
     Values are Python or JSON literals; a bare word is a string. "file:PATH" is file(path=PATH),
-    whatever PATH holds; quotes around it are dropped. Raises ValueError on bad syntax; whether the
-    name and settings exist is `get`'s business.
+    whatever PATH holds; quotes around it are dropped. "a(x=1)+b" is ("a+b", {"stages": [{"x": 1},
+    {}]}). Raises ValueError on bad syntax; whether the name and settings exist is `get`'s business.
     """
     prefix, colon, path = text.strip().partition(":")
     if prefix == FILE and colon:
         return FILE, {"path": _unquoted(path.strip())}
+    if len(parts := split_outside_brackets(text, JOIN)) > 1:
+        stages = [parse(part) for part in parts]
+        return JOIN.join(name for name, _ in stages), {"stages": [own for _, own in stages]}
     match = re.fullmatch(r"\s*([\w:.-]+)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
     if not match:
-        if "+" in text:
-            raise ValueError(f"cannot read {text!r}: methods are not joined by + yet; name one")
         raise ValueError(f"cannot read method {text!r}; write name or name(setting=value,...)")
     settings = {}
     for part in split_outside_brackets(match[2] or ""):
@@ -98,12 +113,20 @@ def describe(name: str, settings: dict[str, Any]) -> str:
     """The shortest text that `parse` and `get` read back: settings that differ from the default."""
     if name == FILE and settings.get("path"):
         return f"{FILE}:{_quoted(settings['path'])}"
+    if JOIN in name:
+        return JOIN.join(describe(*stage) for stage in _stages(name, settings))
     inside = changed(name, settings)
     return f"{name}({inside})" if inside else name
 
 
 def changed(name: str, settings: dict[str, Any]) -> str:
-    """Those of `settings` that differ from the method's defaults, as `setting=value,...`."""
+    """Those of `settings` that differ from the method's defaults, as `setting=value,...`.
+
+    Of a pipeline the stages that have some, as `name(setting=value,...)`.
+    """
+    if JOIN in name:
+        stages = (describe(*stage) for stage in _stages(name, settings) if changed(*stage))
+        return " ".join(stages)
     default = _METHODS.get(name)
     shown = {
         key: value
@@ -111,6 +134,14 @@ def changed(name: str, settings: dict[str, Any]) -> str:
         if default is None or getattr(default, key, None) != value
     }
     return ",".join(f"{key}={_write(value)}" for key, value in shown.items())
+
+
+def _stages(name: str, settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The (name, settings) of each stage of a pipeline; lists as the tuples that methods have."""
+    return [
+        (each, {key: tuple(v) if isinstance(v, list) else v for key, v in own.items()})
+        for each, own in zip(name.split(JOIN), settings["stages"], strict=True)
+    ]
 
 
 def read_value(text: str) -> Any:

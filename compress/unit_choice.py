@@ -43,7 +43,10 @@ def choose(
 
 
 def without(weight: Tensor, inverse: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight` (out, kept) and `inverse` (kept, kept) once the inputs `dropped`, (in,) bool, went."""
+    """`weight` (out, kept) and `inverse` (kept, kept) once the inputs `dropped` have gone.
+
+    dropped: (in,) bool.
+    """
     kept = ~dropped
     share = torch.linalg.solve(inverse[dropped][:, dropped], inverse[dropped][:, kept])
     return (

@@ -9,6 +9,7 @@ https://arxiv.org/abs/1905.12322
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -21,6 +22,8 @@ from compress.registry import register
 @dataclass(frozen=True)
 class Cast(Compressor):
     """dtype: float32, bfloat16 or float16, for every parameter."""
+
+    leaves: ClassVar[str] = "floats"
 
     dtype: str = "bfloat16"
 

@@ -35,6 +35,7 @@ class File(Compressor):
     """
 
     foreign: ClassVar[bool] = True
+    takes: ClassVar[tuple[str, ...]] = ()
 
     path: str = ""
     sha256: str = ""

@@ -73,6 +73,7 @@ class PruneStructured(Compressor):
     """
 
     needs_calibration: ClassVar[bool] = True
+    leaves: ClassVar[str] = "floats"
 
     ratio: float = 0.2
     spread: str = "uniform"
@@ -146,7 +147,8 @@ class PruneStructured(Compressor):
     ) -> None:
         """Leave every block with the units of `wanted`, those of the highest scores."""
         layout = family(model)
-        known: Iterator[Any] = iter(scores or [[None, None]] * len(wanted))
+        unknown: list[Any] = [None, None]
+        known: Iterator[Any] = iter(scores or [unknown] * len(wanted))
         sizes = map(astuple, wanted)
 
         def solve(groups: list[Group]) -> dict[str, nn.Module]:

@@ -17,7 +17,7 @@ gains are folded as in S. Ashkboos et al., "SliceGPT", 2024, https://arxiv.org/a
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ from compress.registry import register
 @dataclass(frozen=True)
 class Rotate(Compressor):
     """seed: of Q, uniform over all orthogonal matrices (Haar). dtype: of every parameter."""
+
+    leaves: ClassVar[str] = "floats"
 
     seed: int = 0
     dtype: str = "float32"

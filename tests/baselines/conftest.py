@@ -34,12 +34,12 @@ def ready(peer_home: Path, monkeypatch: pytest.MonkeyPatch) -> environments.Envi
 @pytest.fixture
 def adapters(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The bench finds the fake adapter; the library itself cannot be imported here."""
-    from bench import run
+    from bench import chosen, run
     from compress import registry
 
     monkeypatch.syspath_prepend(str(HOME / "adapters"))
     monkeypatch.setattr(run, "METHOD_PACKAGES", ("compress.methods", "fakepeer_adapters"))
-    monkeypatch.setattr(run, "GROUPS", run.GROUPS | {"peers": "fakepeer_adapters"})
+    monkeypatch.setattr(chosen, "GROUPS", chosen.GROUPS | {"peers": "fakepeer_adapters"})
     yield
     registry._METHODS.pop("fakepeer:round", None)
     for name in [name for name in sys.modules if name.startswith("fakepeer_adapters")]:

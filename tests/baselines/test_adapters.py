@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bench import environments
-from bench.run import GROUPS, METHOD_PACKAGES
+from bench.chosen import GROUPS
+from bench.run import METHOD_PACKAGES
 from compress import registry
 
 
