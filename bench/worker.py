@@ -62,7 +62,8 @@ def compress(box: Path, job: Job, task: dict[str, Any]) -> None:
         name = job.calibration["data"]
         blocks = data.calibration_blocks(name, models.tokenizer(model), samples, **drawn)
     work = Path(task["artefact"]).with_suffix(".work")
-    extras = {"parent": lambda: method.read(model.folder), "work": work}
+    parent = (lambda: method.read(model.folder)) if before else None
+    extras = {"parent": parent, "work": work}
     baseline = memory.reset_peak()
     network = stage.read(before / "model" if before else model.folder)
 

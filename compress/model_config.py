@@ -1,9 +1,13 @@
 """config.json: the empty model that it describes, checked first, and how others read it."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
-from compress.layers import FAMILIES, conv1d_to_linear, is_tied
+import torch
+
+from compress.block_shapes import head_width, shape_of
+from compress.layers import FAMILIES, conv1d_to_linear, decoder_blocks, family, is_tied
 
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
@@ -35,6 +39,36 @@ def skeleton(config: dict[str, Any], where: Path, file_bytes: int) -> Any:
         first = str(error).partition("\n")[0]
         raise ValueError(f"{where} does not describe a model: {first}") from None
     return conv1d_to_linear(model)
+
+
+def new_model(like: Any, blocks: int, width: int, channels: int) -> Any:
+    """A model with fresh weights, the same each time, of the type and vocabulary of `like`.
+
+    width, channels: of hidden states and MLP; 0 for those of `like`. Heads stay as wide as they
+    were, and share keys as they did. Raises ValueError for a width that whole heads do not fill.
+    """
+    config = copy.deepcopy(like.config)
+    block, layout = decoder_blocks(like)[0][1], family(like)
+    shape, each = shape_of(block, layout), head_width(block, layout)
+    repeat = config.num_attention_heads // getattr(config, "num_key_value_heads", shape.groups)
+    width, channels = width or config.hidden_size, channels or shape.channels
+    if width % (each * repeat):
+        raise ValueError(
+            f"width {width} is no multiple of {each * repeat}: {repeat} heads of {each}"
+        )
+    if config.model_type == "gpt2":
+        config.n_head, config.n_inner = width // each, channels
+    else:
+        config.num_attention_heads, config.intermediate_size = width // each, channels
+        config.num_key_value_heads, config.head_dim = width // each // repeat, each
+    config.hidden_size, config.num_hidden_layers = width, blocks
+    config.dtype = torch.float32
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return conv1d_to_linear(made).eval()
 
 
 def _check_sizes(config: dict[str, Any], where: Path, bits: int) -> None:
