@@ -6,8 +6,9 @@ MLP one channel. Its weights are rows of the half's input layers and columns of 
 nothing else: that is the whole dependency graph of both model families.
 
 Where config.json can say the shapes, it does, and the folder is an ordinary one. Blocks that
-differ, and GPT-2's with fewer heads (its config has no width of a head), are in compression.json as
-`blocks`, one [units of attention, channels] a block; config.json then holds the largest.
+differ, GPT-2's with fewer heads (its config has no width of a head), and Llama's with a number that
+does not divide the hidden size (transformers refuses it) are in compression.json as `blocks`, one
+[units of attention, channels] a block, none larger than what config.json says.
 """
 
 from dataclasses import astuple, dataclass
@@ -122,7 +123,7 @@ def keep_blocks(model: Any, keep: list[int]) -> None:
 
 
 def settle(model: Any) -> None:
-    """Make model.config say what its blocks are, as far as it can: the largest of each size."""
+    """Make model.config say what its blocks are, as far as it can: no size less than a block's."""
     found, config = shapes(model), model.config
     groups, channels = (max(each) for each in zip(*map(astuple, found), strict=True))
     if config.model_type == "gpt2":
@@ -130,7 +131,8 @@ def settle(model: Any) -> None:
     else:
         config.head_dim = head_width(decoder_blocks(model)[0][1], family(model))
         repeat = config.num_attention_heads // config.num_key_value_heads
-        config.num_key_value_heads, config.num_attention_heads = groups, groups * repeat
+        if config.hidden_size % (groups * repeat) == 0:  # transformers reads no other number
+            config.num_key_value_heads, config.num_attention_heads = groups, groups * repeat
         config.intermediate_size = channels
     config.num_hidden_layers = len(found)
 

@@ -15,6 +15,10 @@ from compress import checkpoint, registry
 from compress.base import TorchRunner, generate
 from compress.layers import named_linears
 
+# These remove or train: on random weights that is another model, and not all layers need change.
+# What they do to a model that has learned something is in test_quality.py.
+ANOTHER_MODEL = ("prune_structured", "prune_depth", "recover", "distill")
+
 
 def token_ids(seed, samples=4, tokens=32):
     generator = torch.Generator().manual_seed(seed)
@@ -22,7 +26,7 @@ def token_ids(seed, samples=4, tokens=32):
 
 
 def differ(a, b):
-    return a.dtype != b.dtype or not torch.equal(a, b)
+    return b is None or a.dtype != b.dtype or not torch.equal(a, b)
 
 
 def stored_otherwise(names, parent, saved):
@@ -32,7 +36,7 @@ def stored_otherwise(names, parent, saved):
     return {
         name
         for name in names
-        if name in kinds or differ(before[f"{name}.weight"], after[f"{name}.weight"])
+        if name in kinds or differ(before[f"{name}.weight"], after.get(f"{name}.weight"))
     }
 
 
@@ -55,13 +59,18 @@ def test_contract(name, family, request, tmp_path):
     in_memory = TorchRunner(compressed).logits(ids)
     method.save(compressed, tmp_path / "saved")
     changed = stored_otherwise(linears, source, tmp_path / "saved")
-    assert changed == (set() if name == "none" else linears) and len(linears) in (8, 21)
+    assert len(linears) in (8, 21)
+    if name in ANOTHER_MODEL:
+        assert changed and changed <= linears
+    else:
+        assert changed == (set() if name == "none" else linears)
     runner = method.load(tmp_path / "saved")
 
     logits = runner.logits(ids)
     assert logits.shape == original.shape and logits.dtype == torch.float32
     assert torch.equal(logits, in_memory), "what is saved is not what was compressed"
-    assert (logits - original).norm() < 0.5 * original.norm()
+    assert logits.isfinite().all()
+    assert name in ANOTHER_MODEL or (logits - original).norm() < 0.5 * original.norm()
     pieces = [piece for _, piece in runner.logit_chunks(ids, 50)]
     assert max(map(len, pieces)) <= 50
     torch.testing.assert_close(

@@ -78,8 +78,8 @@ class Distill(Trained):
         or weights that are not finite.
         """
         dtype = model_dtype(model)
-        teacher = copy.deepcopy(model) if parent is None else parent()
-        teacher = cast_parameters(teacher, torch.float32).eval().requires_grad_(False)
+        teacher: Any = copy.deepcopy(model) if parent is None else parent()
+        cast_parameters(teacher, torch.float32).eval().requires_grad_(False)
         student: Any = self.student(model, alone=parent is None)
         cast_parameters(student, torch.float32).requires_grad_(True)
         same = student.config.hidden_size == teacher.config.hidden_size

@@ -71,7 +71,7 @@ class Recover(Trained):
         config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=names)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return get_peft_model(model, config)  # type: ignore[arg-type]
+            return get_peft_model(model, config)
 
 
 def next_token(ids: Tensor) -> Loss:
