@@ -75,7 +75,7 @@ class Compressor:
     foreign: ClassVar[bool] = False  # True: `save` leaves files that others define, not ours
     libraries: ClassVar[tuple[str, ...]] = ()  # whose versions belong into the record
     takes: ClassVar[tuple[str, ...]] = ("floats",)  # what it can be given: see pipeline.LEFT
-    leaves: ClassVar[str] = "codes"  # what `compress` makes of the matrices
+    leaves: ClassVar[str] = "codes"  # what `compress` makes of matrices; "": what they were
     # Of `parent` and `work`, those that `compress` takes besides: a function that gives the model
     # that was there first, and a folder where it keeps what it needs to go on after a crash.
     extras: ClassVar[tuple[str, ...]] = ()

@@ -20,6 +20,7 @@ from torch import nn
 from compress.block_shapes import reshape, unsaid
 from compress.dynamic_linear import Float16Linear, Int8DynamicLinear
 from compress.layers import model_dtype
+from compress.low_rank_linear import LowRankLinear
 from compress.model_config import skeleton
 from compress.model_files import (
     CONFIG,
@@ -35,12 +36,17 @@ from compress.model_files import (
 )
 from compress.quant_embedding import QuantEmbedding
 from compress.quant_linear import QuantLinear
+from compress.sparse_linear import SparseLinear
 
 VERSION = 1
 ABOUT = "compression.json"
 FILES = {CONFIG, WEIGHTS, ABOUT}
 LAYER_KINDS: dict[str, Any] = {
-    layer.kind: layer for layer in (QuantLinear, Int8DynamicLinear, Float16Linear, QuantEmbedding)
+    layer.kind: layer
+    for layer in (
+        *(QuantLinear, Int8DynamicLinear, Float16Linear, QuantEmbedding),
+        *(SparseLinear, LowRankLinear),
+    )
 }
 
 

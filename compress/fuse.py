@@ -10,6 +10,7 @@ from compress.dense_linear import DenseLinear
 from compress.int4_layout import BLOCK
 from compress.kernel_choice import kernel_for
 from compress.quant_linear import GRID, QuantLinear
+from compress.sparse_linear import SparseLinear
 
 
 def fused(
@@ -23,6 +24,8 @@ def fused(
     layers: list[Any] = [getattr(parent, name) for name in names]
     if own and all(type(layer) is type(layers[0]) for layer in layers):
         first = layers[0]
+        if isinstance(first, SparseLinear):
+            return _dense([layer.plain() for layer in layers])
         if isinstance(first, nn.Linear):
             return _dense(layers)
         if isinstance(first, QuantLinear) and (joined := _quantized(layers, dtype)):

@@ -100,12 +100,15 @@ class Pipeline(Compressor):
         return list(dict.fromkeys(fit)), list(dict.fromkeys(reasons))
 
 
-def misfit(name: str, stages: tuple[Compressor, ...]) -> str | None:
-    """Why the stages cannot follow each other; None if they can."""
-    names = name.split(JOIN)
-    for first, second, before, after in zip(names, names[1:], stages, stages[1:], strict=False):
-        if before.leaves not in after.takes:
-            if reason := LEFT.get(before.leaves):
-                return f"{first} {reason}: {second} cannot follow it"
-            return f"{second} reads a file of its own: nothing can come before it"
+def misfit(joined: str, stages: tuple[Compressor, ...]) -> str | None:
+    """Why stages of the names `joined` by + cannot follow each other; None if they can."""
+    names = joined.split(JOIN)
+    left, by = stages[0].leaves or "floats", names[0]
+    for name, stage in zip(names[1:], stages[1:], strict=True):
+        if left not in stage.takes:
+            if reason := LEFT.get(left):
+                return f"{by} {reason}: {name} cannot follow it"
+            return f"{name} reads a file of its own: nothing can come before it"
+        if stage.leaves:
+            left, by = stage.leaves, name
     return None

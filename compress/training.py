@@ -40,7 +40,8 @@ class Trained(Compressor):
     """
 
     needs_calibration: ClassVar[bool] = True
-    leaves: ClassVar[str] = "floats"
+    takes: ClassVar[tuple[str, ...]] = ("floats", "factors")
+    leaves: ClassVar[str] = ""
 
     steps: int = 200
     batch: int = 4

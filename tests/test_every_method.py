@@ -17,7 +17,10 @@ from compress.layers import named_linears
 
 # These remove or train: on random weights that is another model, and not all layers need change.
 # What they do to a model that has learned something is in test_quality.py.
-ANOTHER_MODEL = ("prune_structured", "prune_depth", "recover", "distill")
+ANOTHER_MODEL = (
+    *("prune_structured", "prune_depth", "prune_sparse", "low_rank"),
+    *("recover", "distill"),
+)
 
 
 def token_ids(seed, samples=4, tokens=32):

@@ -69,3 +69,37 @@ def test_eight_bits_cost_next_to_nothing(loss):
 def test_more_bits_are_better(loss):
     losses = [loss(f"rtn(bits={bits})") for bits in (2, 3, 4, 8)]
     assert losses == sorted(losses, reverse=True)
+
+
+def test_making_up_for_what_went_is_most_of_structured_pruning(loss):
+    parent = loss("none")
+    ours = loss("prune_structured") - parent
+    plain = loss("prune_structured(refit=false)") - parent
+    by_size = loss("prune_structured(importance=magnitude,refit=false)") - parent
+    assert ours < 0.3 * plain and plain < 0.6 * by_size
+
+
+def test_sparsegpt_beats_magnitude(loss):
+    parent = loss("none")
+    assert loss("prune_sparse") - parent < 0.3 * (
+        loss("prune_sparse(importance=magnitude)") - parent
+    )
+    assert loss("prune_sparse") <= loss("prune_sparse(pattern=2:4)") + 0.002
+
+
+def test_an_svd_that_knows_the_inputs_beats_one_that_does_not(loss):
+    parent = loss("none")
+    ours, plain = (
+        loss(f"low_rank(ratio=0.4,whiten={each})") - parent for each in ("true", "false")
+    )
+    assert ours < 0.8 * plain
+
+
+def test_recovery_brings_back_what_pruning_took(loss):
+    pruned = loss("prune_depth(blocks=2)")
+    assert loss("prune_depth(blocks=2)+recover(steps=20)") < pruned - 0.1
+
+
+def test_a_student_learns_more_from_its_teacher_than_alone(loss):
+    taught, alone = (loss(f"distill(blocks=3,steps=20,share={share})") for share in (0.5, 0.0))
+    assert taught < alone < loss("prune_depth(blocks=2)")

@@ -23,7 +23,8 @@ from compress.registry import register
 class Cast(Compressor):
     """dtype: float32, bfloat16 or float16, for every parameter."""
 
-    leaves: ClassVar[str] = "floats"
+    takes: ClassVar[tuple[str, ...]] = ("floats", "factors")
+    leaves: ClassVar[str] = ""
 
     dtype: str = "bfloat16"
 

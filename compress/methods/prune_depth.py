@@ -101,17 +101,19 @@ class PruneDepth(Compressor):
         blocks = dict(enumerate(block for _, block in decoder_blocks(model)))
         first, context = inputs(model, ids)
         gone: list[int] = []
+        tries, done = self.blocks * len(blocks), 0  # a few less, in truth: some have gone by then
         for _ in range(self.blocks):
             losses: dict[int, float] = {}
             states = first
             for number, block in blocks.items():
-                progress(len(gone) * len(blocks) + len(losses), self.blocks * len(blocks))
+                progress(done, tries)
+                done += 1
                 rest = [after for other, after in blocks.items() if other > number]
                 losses[number] = loss(model, states, rest, context, ids)
                 states = [through_block(layout, block, x, context) for x in states]
             gone.append(min(losses, key=lambda number: losses[number]))
             del blocks[gone[-1]]
-        progress(self.blocks * len(blocks), self.blocks * len(blocks))
+        progress(tries, tries)
         return gone
 
 

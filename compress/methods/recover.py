@@ -67,7 +67,8 @@ class Recover(Trained):
             from peft import LoraConfig, get_peft_model
         except ImportError:
             raise ValueError("rank: LoRA needs peft: pip install 'slimbench[finetune]'") from None
-        names = [name for name, _ in named_linears(model)]
+        if not (names := [name for name, _ in named_linears(model)]):
+            raise ValueError("rank: there is no plain matrix to put LoRA's beside")
         config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=names)
         with torch.random.fork_rng():
             torch.manual_seed(0)
