@@ -12,9 +12,11 @@ import json
 import re
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from itertools import groupby
 from typing import Any
 
+from bench import stages
 from bench.job import PARENT, Job, question
 from bench.stats import RESAMPLES, paired_delta
 from compress import registry
@@ -28,7 +30,7 @@ COLUMNS = (
     *("model", "method", "settings", "data", "protocol", "status"),
     *(*MEASURED, "key", "error"),
 )
-TEXTS = ("method", "settings", "key", "status")  # columns that are not figures
+TEXTS = ("method", "settings", "key", "status", "stage")  # columns that are not figures
 Group = list[Record]
 
 
@@ -131,11 +133,21 @@ def to_markdown(records: list[Record]) -> str:
     ]
     for group in groups(records):
         lines += ["", *_heading(group), ""]
-        header, *cells = table(group)
-        lines.append("| " + " | ".join(header) + " |")
-        lines.append("|" + "|".join("---" if name in TEXTS else "--:" for name in header) + "|")
-        lines += ["| " + " | ".join(map(escape, line)) + " |" for line in cells]
+        lines += markdown(table(group))
+        change = partial(change_text, parent=next(filter(is_parent, group), None))
+        if steps := stages.table(group, change):
+            lines += ["", "Stage by stage:", "", *markdown([stages.HEADER, *steps])]
     return "\n".join([*lines, ""])
+
+
+def markdown(cells: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table, its header first."""
+    header, *rest = cells
+    return [
+        "| " + " | ".join(header) + " |",
+        "|" + "|".join("---" if name in TEXTS else "--:" for name in header) + "|",
+        *("| " + " | ".join(map(escape, line)) + " |" for line in rest),
+    ]
 
 
 def _heading(group: Group) -> list[str]:

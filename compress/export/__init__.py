@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from compress.block_shapes import unsaid
 from compress.model_files import write_whole
 from compress.registry import UnknownName, did_you_mean
 
@@ -40,6 +41,11 @@ def export(
     known = formats()
     if format not in known:
         raise UnknownName(f"no format {format!r}; {did_you_mean(format, known)}")
+    if unsaid(model):
+        raise ValueError(
+            f"{format} cannot hold this model: its blocks have sizes that config.json cannot say; "
+            "prune with spread=uniform, and GPT-2 with heads=false"
+        )
     if reason := known[format].refusal(model):
         others = [name for name, other in known.items() if other.refusal(model) is None]
         cure = f"formats that can: {', '.join(others)}" if others else "no format here can"

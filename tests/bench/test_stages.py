@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import load_file
 
 import compress
-from bench import data, models
+from bench import data, models, stages
 from bench.chosen import chosen_methods
+from bench.leaderboard import to_markdown
 from bench.run import Request, left_out, plan, run
 
 ASKED = dict(
@@ -88,3 +89,38 @@ def test_permute():
     assert len(left_out(request)) == 4
     keys = {task.job.compress_key() for task in plan(request)}
     assert len(keys) == len(names)
+
+
+def test_the_table_of_stages(tmp_path):
+    methods = "prune_depth+rtn(bits=3),prune_depth,prune_depth+rtn(bits=3)+cast"
+    with pytest.raises(ValueError, match="rtn leaves packed codes"):
+        plan(Request(methods=methods, **ASKED))
+    _, done = records(tmp_path, "prune_depth+rtn(bits=3),prune_depth+prune_structured+rtn,rtn")
+    found = [record for record, _ in done]
+    by_name = {record["job"]["method"]: record for record in found}
+    lines = stages.table(found, lambda record: record["key"])
+    assert [line[0] for line in lines] == [
+        "prune_depth",
+        "+ rtn(bits=3)",
+        "prune_depth",
+        "+ prune_structured",
+        "+ rtn",
+    ]
+    first = by_name["prune_depth"]
+    assert (
+        lines[0][1:4]
+        == lines[2][1:4]
+        == [
+            f"{first['values']['size_bytes'] / 1e6:.1f}",
+            f"{first['values']['perplexity']:.3f}",
+            first["key"],
+        ]
+    )
+    assert lines[4][3] == by_name["prune_depth+prune_structured+rtn"]["key"]
+    last = by_name["prune_depth+prune_structured+rtn"]["values"]["stages"][2]["compress_s"]
+    assert lines[4][5] == f"{last:.1f}"
+    text = to_markdown(found)
+    assert "Stage by stage:" in text and "| + prune_structured |" in text
+    assert "Stage by stage:" not in to_markdown([by_name["none"], by_name["rtn"]])
+    alone = stages.table([by_name["prune_depth+rtn"]], lambda record: "")
+    assert [line[2] for line in alone] == ["", lines[1][2]]  # a stage without a record is blank

@@ -149,6 +149,17 @@ def test_blocks_that_go_leave_the_others_as_they_were(tmp_path):
     round_trip(model, tmp_path / "short")
 
 
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_what_a_config_cannot_say_is_not_exported(make, tmp_path):
+    model = make()
+    block = decoder_blocks(model)[0][1]
+    keep_units(block, family(model), family(model).attention, torch.tensor([0]))
+    settle(model)
+    with pytest.raises(ValueError, match="gguf cannot hold this model: its blocks have sizes"):
+        compress.export(model, tmp_path / "out", "gguf")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_budget_by_hand():
     """3 groups of 100 weights and 50 channels of 10: 800; a fifth off leaves at most 640."""
     assert uniform(Shape(3, 50), [100, 10], 0.2, True, 1) == Shape(3, 34)
