@@ -28,7 +28,8 @@ SMOKE := none,cast,int8_sym,int8_asym,dynamic,rtn,gptq,awq,awq_gptq,qep,gptq(bit
 prune_depth+rtn,prune_sparse,low_rank,distill(steps=5),prune_structured+recover(steps=5)+gptq
 smoke: $(READY)  ## the whole matrix on two tiny random models, about 2 minutes
 	for model in tiny-gpt2 tiny-llama; do \
-	  $(BIN)/python -m bench run --model $$model --methods '$(SMOKE)' --results build/smoke || exit 1; \
+	  $(BIN)/python -m bench run --model $$model --methods '$(SMOKE)' --samples 16 \
+	    --results build/smoke || exit 1; \
 	done
 
 setup: $(READY)

@@ -47,8 +47,8 @@ def ranked(
     """What the blocks keep if the units with the least scores over their half's mean go first.
 
     was: the blocks before anything went, whose weights `ratio` is a share of. scores: of the units
-    that are left by now, of each block's halves. Channels go in steps of `round_to`. Raises
-    ValueError if one group and one channel a block are too much.
+    that are left by now, of each block's halves. Channels go in steps of `round_to`, the last
+    ones of a block one by one. Raises ValueError if one group and one channel a block are too much.
     """
     steps = []  # (score, block, which half, units)
     for number, halves in enumerate(scores):
@@ -58,7 +58,8 @@ def ranked(
             ordered = (score / score.mean().clamp_min(1e-30)).sort().values
             size = round_to if which == 1 and len(ordered) > round_to else 1
             first = len(ordered) % size or size  # the odd ones first: what is left is a multiple
-            sizes = [first] + [size] * ((len(ordered) - first) // size)
+            rest = (len(ordered) - first) // size
+            sizes = [first] + [size] * (rest - 1) + [1] * (size if rest else 0)
             for part in ordered.split(sizes)[:-1]:
                 steps.append((float(part.mean()), number, which, len(part)))
     kept = torch.tensor([[len(score) for score in halves] for halves in scores])
