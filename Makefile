@@ -24,7 +24,7 @@ check: lint  ## style, types and the fast tests
 	$(BIN)/python -m pytest -q -x tests/compress tests/test_architecture.py
 
 # The product on toy models: every method on GPT-2 and Llama, compressed, saved, loaded, measured.
-SMOKE := none,cast,int8_sym,int8_asym,dynamic,rtn,gptq,awq,awq_gptq,qep,gptq(bits=3),awq(bits=3),rtn(bits=3),\
+SMOKE := none,cast,int8_sym,int8_asym,dynamic,rtn,gptq,awq,qep,gptq(bits=3),\
 prune_depth+rtn,prune_sparse,low_rank,distill(steps=5),prune_structured+recover(steps=5)+gptq
 smoke: $(READY)  ## the whole matrix on two tiny random models, about 2 minutes
 	for model in tiny-gpt2 tiny-llama; do \

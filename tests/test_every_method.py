@@ -23,6 +23,9 @@ ANOTHER_MODEL = (
 )
 
 
+SHORTER = {"recover": {"steps": 20}, "distill": {"steps": 20}}  # of what the default is
+
+
 def token_ids(seed, samples=4, tokens=32):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (samples, tokens), generator=generator)
@@ -51,7 +54,7 @@ def test_contract(name, family, request, tmp_path):
     model = checkpoint.load(source)
     original = TorchRunner(model).logits(ids)
     linears = {layer for layer, _ in named_linears(model)}
-    method = compress.get(name)
+    method = compress.get(name, **SHORTER.get(name, {}))
     steps = []
 
     compressed = method.compress(
@@ -105,7 +108,7 @@ def test_a_parameter_that_is_not_finite_is_named(name, tiny_llama):
     embeddings.data[256, 0] = float("nan")  # of a token that is not in the calibration
     ids = token_ids(seed=4) if compress.get(name).needs_calibration else None
     with pytest.raises(ValueError, match=r"^model\.embed_tokens\.weight holds NaN"):
-        compress.apply(name, model, ids)
+        compress.apply(name, model, ids, **SHORTER.get(name, {}))
 
 
 @pytest.fixture
