@@ -7,7 +7,7 @@ from bench.errors import UsageError
 from bench.job import PARENT
 from compress import registry
 from compress.base import Compressor
-from compress.pipeline import JOIN, Pipeline
+from compress.pipeline import JOIN
 
 GROUPS = {"ours": "compress.methods", "peers": "baselines.adapters"}  # for every method there
 
@@ -42,8 +42,7 @@ def chosen_methods(text: str, overrides: tuple[str, ...]) -> list[tuple[str, Any
         def overridden(name: str, own: dict[str, Any]) -> dict[str, Any]:
             if JOIN not in name:
                 return settings[name] | own
-            stages = zip(name.split(JOIN), own["stages"], strict=True)
-            return {"stages": [overridden(*stage) for stage in stages]}
+            return {"stages": [overridden(*stage) for stage in registry.stages_of(name, own)]}
 
         chosen = [
             (name, registry.get(name, **overridden(name, own)).pinned()) for name, own in wanted
@@ -62,11 +61,8 @@ def permuted(
     found: list[tuple[str, Compressor]] = []
     reasons: list[str] = []
     for name, method in compressors:
-        if not isinstance(method, Pipeline):
-            found.append((name, method))
-            continue
         fit, refused = method.orders()
-        found += [(each.name, each) for each in fit]
+        found += [(each.name, each) for each in fit] or [(name, method)]
         reasons += refused
     return found, reasons
 
@@ -88,6 +84,5 @@ def staged(
     So every stage has a record of its own, and pipelines that begin alike share it.
     """
     for name, method in compressors:
-        stages = list(method.prefixes()) if isinstance(method, Pipeline) else []
-        for number, stage in enumerate([*stages, (name, method)]):
+        for number, stage in enumerate([*method.prefixes(), (name, method)]):
             yield *stage, number > 0

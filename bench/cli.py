@@ -172,8 +172,9 @@ def compress(
     """Compress a model with one method into a folder, its tokenizer and its lineage included.
 
     The weights are those that `run` makes and measures with the same settings and threads, and come
-    from the cache if they are there. `none`, `cast` and `rotate` give models that transformers
-    reads; other methods of ours are read by `compress.load`, `bench` and `finetune`.
+    from the cache if they are there. What holds plain matrices in blocks of one shape (`none`,
+    `cast`, `rotate`, `prune_depth`, `recover`, ...) transformers reads too; the rest is read by
+    `compress.load`, `bench` and `finetune`.
     """
     from bench.compress_folder import compress_folder
     from bench.run import Request

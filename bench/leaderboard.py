@@ -86,8 +86,7 @@ def readable(record: Record) -> bool:
 
 def settings_text(job: dict[str, Any]) -> str:
     """Settings that differ from the method's defaults, and calibration that differs from ours."""
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in job["settings"].items()}
-    text = registry.changed(job["method"], settings)
+    text = registry.changed(job["method"], job["settings"])
     parts = [re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1", text)]  # a checksum's first digits do
     drawn = job["calibration"]
     if drawn and (drawn["data"], drawn["samples"], drawn["length"]) != (job["data"], 64, 512):
@@ -239,11 +238,7 @@ def is_parent(record: Record) -> bool:
 
 
 def _reader(name: str, unit: float, form: str) -> Callable[[Record], str]:
-    def read(record: Record) -> str:
-        value = record["values"].get(name)
-        return "" if value is None else format(value / unit, form)
-
-    return read
+    return lambda record: stages.number(record["values"].get(name), unit, form)
 
 
 def _status(record: Record) -> str:

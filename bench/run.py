@@ -219,8 +219,7 @@ def environment(env: str | None) -> str:
 
 def code_of(method: Compressor) -> dict[str, str]:
     """Hashes of the source that makes the artefact of `method`, and that measures it."""
-    stages = getattr(method, "stages", (method,))
-    own = sorted({file for stage in stages for file in sources(stage)})
+    own = sorted({file for stage in method.in_stages() for file in sources(stage)})
     bench = ROOT / "bench"
     made_by = [*own, bench / "models.py", bench / "data.py"]
     return {

@@ -1,5 +1,6 @@
 """What each stage of a pipeline did to the model: a table from the stages' own records."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -14,29 +15,29 @@ def table(group: list[Record], change: Callable[[Record], str]) -> list[list[str
     """Lines under HEADER: for every pipeline of `group` one a stage. change: see leaderboard.
 
     A pipeline that is the beginning of another is shown as that. A stage is the record of the same
-    stages up to it with equal settings, and blank where there is none.
+    stages up to it with equal settings on the same calibration, and blank where there is none.
     """
     known = {identity(record["job"]): record for record in group}
     whole = [each for each in group if JOIN in each["job"]["method"] and each["status"] == "ok"]
     begun = {
-        identity(first_stages(each["job"], count))
+        identity(first)
         for each in whole
-        for count in range(1, len(each["job"]["settings"]["stages"]))
+        for count in range(1, each["job"]["method"].count(JOIN) + 1)
+        for first in first_stages(each["job"], count)
     }
     lines: list[list[str]] = []
     for record in whole:
         job = record["job"]
-        names = job["method"].split(JOIN)
         if identity(job) in begun:
             continue
-        costs = record["values"].get("stages", [])
-        for count in range(1, len(names) + 1):
-            so_far = known.get(identity(first_stages(job, count)))
+        stages = registry.stages_of(job["method"], job["settings"])
+        for count, (stage, cost) in enumerate(
+            zip(stages, record["values"]["stages"], strict=True), 1
+        ):
+            found = (known.get(identity(first)) for first in first_stages(job, count))
+            so_far = next(filter(None, found), None)
             values = so_far["values"] if so_far else {}
-            settings = job["settings"]["stages"][count - 1]
-            plain = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-            name = registry.describe(names[count - 1], plain)
-            cost = costs[count - 1] if count <= len(costs) else {}
+            name = registry.describe(*stage)
             lines.append(
                 [
                     name if count == 1 else f"+ {name}",
@@ -50,17 +51,21 @@ def table(group: list[Record], change: Callable[[Record], str]) -> list[list[str
     return lines
 
 
-def first_stages(job: dict[str, Any], count: int) -> dict[str, Any]:
-    """The job that makes what the first `count` stages of a pipeline's job make."""
+def first_stages(job: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The jobs that may make what the first `count` stages of a pipeline's job make.
+
+    With the pipeline's calibration, or without one if none of these stages needs it.
+    """
     names, stages = job["method"].split(JOIN)[:count], job["settings"]["stages"][:count]
     name = JOIN.join(names)
     settings = stages[0] if count == 1 else {"name": name, "stages": stages}
-    return job | {"method": name, "settings": settings}
+    found = job | {"method": name, "settings": settings}
+    return [found, found | {"calibration": None}]
 
 
 def identity(job: dict[str, Any]) -> str:
-    """Equal for equal methods with equal settings: within a group the rest is equal."""
-    return f"{job['method']} {sorted(job['settings'].items())}"
+    """Equal for equal methods, settings and calibration: within a group the rest is equal."""
+    return json.dumps([job[name] for name in ("method", "settings", "calibration")], sort_keys=True)
 
 
 def number(value: float | None, unit: float, form: str) -> str:

@@ -54,7 +54,7 @@ def compress(box: Path, job: Job, task: dict[str, Any]) -> None:
     model = models.Model(job.model, Path(task["folder"]), job.revision)
     check_data(job)
     before = Path(task["before"]) if task["before"] else None
-    stage = getattr(method, "stages", (method,))[-1]
+    stage = method.in_stages()[-1]
     blocks = None
     if job.calibration and stage.needs_calibration:
         drawn = {name: job.calibration[name] for name in ("length", "seed")}

@@ -19,6 +19,11 @@ def silent(done: int, total: int) -> None:
     """The default progress: says nothing."""
 
 
+def part_of(progress: Progress, number: int, parts: int) -> Progress:
+    """The progress of part `number` of `parts` of the same length, `progress` counting all."""
+    return lambda done, total: progress(number * total + done, parts * total)
+
+
 class Runner(Protocol):
     """A loaded model as the bench sees it: token ids in, numbers out."""
 
@@ -87,6 +92,18 @@ class Compressor:
         checksum into a setting here. Raises ValueError if a setting names nothing usable.
         """
         return self
+
+    def in_stages(self) -> tuple["Compressor", ...]:
+        """The methods that it is made of, see pipeline.py: itself."""
+        return (self,)
+
+    def prefixes(self) -> Iterator[tuple[str, "Compressor"]]:
+        """(name, method) of what each stage but the last has made, first to last: nothing."""
+        return iter(())
+
+    def orders(self) -> tuple[list[Any], list[str]]:
+        """Pipelines of its stages in every order that fits, and why others do not: none."""
+        return [], []
 
     def drawn(self, samples: int) -> int:
         """Calibration samples to draw where the user asked for so many."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.layers import Family, Half, decoder_blocks, family
+from compress.layers import Family, Half, decoder_blocks, family, linear_of
 
 
 @dataclass(frozen=True)
@@ -79,27 +79,24 @@ def keep_units(block: Any, layout: Family, half: Half, keep: Tensor) -> None:
     keep: (n,) int64, ascending; at least one.
     """
     count = units(block, layout, half)
+
+    def kept(rows: Tensor, parts: int) -> Tensor:
+        return by_unit(rows.detach(), count, parts)[:, keep].flatten(0, 2)
+
     for name in half.inputs:
         layer = block.get_submodule(name)
-        rows = [
-            None if part is None else by_unit(part, count, half.parts)[:, keep].flatten(0, 2)
-            for part in (layer.weight.detach(), layer.bias)
-        ]
-        block.set_submodule(name, _like(layer, *rows))
+        bias = None if layer.bias is None else kept(layer.bias, half.parts)
+        block.set_submodule(name, _like(layer, kept(layer.weight, half.parts), bias))
     output = block.get_submodule(half.output)
-    columns = by_unit(output.weight.detach().T, count)[:, keep].flatten(0, 2).T
+    columns = kept(output.weight.T, 1).T
     block.set_submodule(half.output, _like(output, columns, output.bias))
     _tell(block, layout)
 
 
-def _like(layer: Any, weight: Tensor | None, bias: Tensor | None) -> nn.Linear:
+def _like(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A layer of the same class with other tensors."""
-    assert weight is not None
-    made = type(layer)(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    made.weight = nn.Parameter(weight.contiguous(), layer.weight.requires_grad)
-    if bias is not None:
-        made.bias = nn.Parameter(bias.detach(), layer.weight.requires_grad)
-    return made
+    made = linear_of(type(layer), weight.contiguous(), bias)
+    return made.requires_grad_(layer.weight.requires_grad)
 
 
 def _tell(block: Any, layout: Family) -> None:

@@ -51,9 +51,7 @@ def run(
     Raises ValueError if calibration is missing, or not token ids of the model's vocabulary and
     context, or the model produces NaN on it.
     """
-    if calibration is None:
-        raise ValueError("this method needs calibration: (samples, tokens) int64 token ids")
-    check_ids(calibration, model.config)
+    calibration = checked_ids(calibration, model.config)
     model.eval()  # dropout would make the statistics random
     calibration = calibration.to(model.get_input_embeddings().weight.device)
     dtype = compute_dtype(calibration.device)
@@ -78,8 +76,10 @@ def run(
         progress(len(blocks), len(blocks))
 
 
-def check_ids(ids: Tensor, config: Any) -> None:
-    """Raises ValueError unless ids are (samples, tokens) int64 that the model can read."""
+def checked_ids(ids: Tensor | None, config: Any) -> Tensor:
+    """`ids`. Raises ValueError unless they are (samples, tokens) int64 that the model can read."""
+    if ids is None:
+        raise ValueError("this method needs calibration: (samples, tokens) int64 token ids")
     if ids.dim() != 2 or ids.dtype != torch.int64 or ids.numel() == 0:
         raise ValueError("calibration must be (samples, tokens) int64 token ids, at least one")
     if ids.min() < 0 or ids.max() >= config.vocab_size:
@@ -87,6 +87,7 @@ def check_ids(ids: Tensor, config: Any) -> None:
     if ids.shape[1] > config.max_position_embeddings:
         most = config.max_position_embeddings
         raise ValueError(f"calibration samples of {ids.shape[1]} tokens; the model reads {most}")
+    return ids
 
 
 @dataclass

@@ -90,7 +90,8 @@ def load(folder: Path | str, dtype: torch.dtype | None = None) -> nn.Module:
     Raises ValueError, one line naming the file, for whatever is missing, corrupt or not ours.
     """
     folder = Path(folder)
-    layers, blocks = layer_specs(folder), block_sizes(folder)
+    about = _about(folder)
+    layers, blocks = _specs(about, folder), about.get("blocks")
     config = read_json(folder / CONFIG)
     if config.get("quantization_config"):
         raise ValueError(f"{folder} is quantized already; give the floating-point model")
@@ -120,23 +121,23 @@ def _from_spec(spec: Any, where: str) -> Any:
 
 def layer_specs(folder: Path) -> dict[str, dict[str, Any]]:
     """Dotted name -> spec of each compressed layer in `folder`; empty for a plain checkpoint."""
-    layers = _about(folder).get("layers", {})
+    return _specs(_about(folder), folder)
+
+
+def _specs(about: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """See layer_specs. about: what `folder` says in compression.json."""
+    layers = about.get("layers")
     if not isinstance(layers, dict):
         raise ValueError(f"{folder / ABOUT}: 'layers' must be a mapping")
     return layers
 
 
-def block_sizes(folder: Path) -> Any:
-    """The sizes of blocks that config.json cannot say, unchecked; None if it says them."""
-    return _about(folder).get("blocks")
-
-
 def _about(folder: Path) -> dict[str, Any]:
-    """compression.json; empty for a plain checkpoint. Raises ValueError if it is not ours."""
+    """compression.json, of a plain checkpoint what it would be; ValueError if it is not ours."""
     path = folder / ABOUT
     if not path.exists():
-        return {}
+        return {"layers": {}}
     about = read_json(path)
     if about.get("format") != "slimbench" or about.get("version") != VERSION:
         raise ValueError(f"{path} is not of this program's format, version {VERSION}")
-    return {"layers": None} | about
+    return about

@@ -119,6 +119,15 @@ class LinearFromConv1D(nn.Linear):
     """A Linear that came from GPT-2's Conv1D: its weight is written transposed when saved."""
 
 
+def linear_of(kind: type[nn.Linear], weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A layer of `kind` that holds weight (out, in) and bias, neither to be trained."""
+    made = kind(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    made.weight = nn.Parameter(weight, False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach(), False)
+    return made
+
+
 def conv1d_to_linear(model: nn.Module) -> nn.Module:
     """Replace every transformers Conv1D, weight (in, out), by a Linear, weight (out, in).
 
@@ -128,11 +137,8 @@ def conv1d_to_linear(model: nn.Module) -> nn.Module:
 
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
-            rows, columns = module.weight.shape
-            linear = LinearFromConv1D(rows, columns, device="meta")
-            linear.weight = nn.Parameter(module.weight.detach().T.contiguous(), False)
-            linear.bias = nn.Parameter(module.bias.detach(), False)
-            model.set_submodule(name, linear)
+            weight = module.weight.detach().T.contiguous()
+            model.set_submodule(name, linear_of(LinearFromConv1D, weight, module.bias))
     return model
 
 

@@ -163,6 +163,12 @@ def upper_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return factor.flip(-2, -1), failed
 
 
+def check_damping(damping: float) -> None:
+    """Raises ValueError unless `damping` is a share of a diagonal that can be added to it."""
+    if not 0 < damping <= 1:
+        raise ValueError(f"damping must be above 0 and at most 1, not {damping}")
+
+
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     """U, upper triangular float64, with U^T U = (H + damping)^-1.
 

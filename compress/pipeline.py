@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from compress.base import Compressor, Progress, Runner, silent
+from compress.base import Compressor, Progress, Runner, part_of, silent
 
 JOIN = "+"
 LEFT = {  # what a stage leaves: as a reason why nothing else can follow
@@ -44,6 +44,10 @@ class Pipeline(Compressor):
         for name, value in about.items():  # what other methods say as a class
             object.__setattr__(self, name, value)
 
+    def in_stages(self) -> tuple[Compressor, ...]:
+        """See Compressor."""
+        return self.stages
+
     def pinned(self) -> Self:
         """See Compressor."""
         return replace(self, stages=tuple(stage.pinned() for stage in self.stages))
@@ -65,11 +69,8 @@ class Pipeline(Compressor):
 
     def part(self, number: int, progress: Progress) -> Progress:
         """The progress of a stage as a part of the whole, in thousandths of a stage."""
-
-        def report(done: int, total: int) -> None:
-            progress(1000 * number + 1000 * done // max(total, 1), 1000 * len(self.stages))
-
-        return report
+        part = part_of(progress, number, len(self.stages))
+        return lambda done, total: part(1000 * done // max(total, 1), 1000)
 
     def save(self, compressed: Any, folder: Path) -> None:
         """As the last stage does."""

@@ -114,7 +114,7 @@ def describe(name: str, settings: dict[str, Any]) -> str:
     if name == FILE and settings.get("path"):
         return f"{FILE}:{_quoted(settings['path'])}"
     if JOIN in name:
-        return JOIN.join(describe(*stage) for stage in _stages(name, settings))
+        return JOIN.join(describe(*stage) for stage in stages_of(name, settings))
     inside = changed(name, settings)
     return f"{name}({inside})" if inside else name
 
@@ -122,26 +122,25 @@ def describe(name: str, settings: dict[str, Any]) -> str:
 def changed(name: str, settings: dict[str, Any]) -> str:
     """Those of `settings` that differ from the method's defaults, as `setting=value,...`.
 
-    Of a pipeline the stages that have some, as `name(setting=value,...)`.
+    settings: as methods or as records have them, whose tuples are lists. Of a pipeline the stages
+    that have some, as `name(setting=value,...)`.
     """
     if JOIN in name:
-        stages = (describe(*stage) for stage in _stages(name, settings) if changed(*stage))
+        stages = (describe(*stage) for stage in stages_of(name, settings) if changed(*stage))
         return " ".join(stages)
     default = _METHODS.get(name)
+    written = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
     shown = {
         key: value
-        for key, value in settings.items()
+        for key, value in written.items()
         if default is None or getattr(default, key, None) != value
     }
     return ",".join(f"{key}={_write(value)}" for key, value in shown.items())
 
 
-def _stages(name: str, settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The (name, settings) of each stage of a pipeline; lists as the tuples that methods have."""
-    return [
-        (each, {key: tuple(v) if isinstance(v, list) else v for key, v in own.items()})
-        for each, own in zip(name.split(JOIN), settings["stages"], strict=True)
-    ]
+def stages_of(name: str, settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The (name, settings) of each stage of a pipeline."""
+    return list(zip(name.split(JOIN), settings["stages"], strict=True))
 
 
 def read_value(text: str) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.dtypes import dtype_of, whole
+from compress.layers import linear_of
 
 BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
@@ -90,11 +91,7 @@ class SparseLinear(nn.Module):
 
     def plain(self) -> nn.Linear:
         """The same as an ordinary layer, its weight a tensor of its own."""
-        made = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        made.weight = nn.Parameter(self.weight(), False)
-        if self.bias is not None:
-            made.bias = nn.Parameter(self.bias, False)
-        return made
+        return linear_of(nn.Linear, self.weight(), self.bias)
 
     def kernel(self, rows: int, dtype: torch.dtype) -> str:
         """Name of the arithmetic, for records."""

@@ -18,9 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from compress.base import Compressor, Progress
-from compress.calibrate import check_ids, compute_dtype
+from compress.calibrate import checked_ids, compute_dtype
 
 PIECE = 256  # tokens whose logits exist at a time
 CHECKPOINT_S = 60.0  # seconds between checkpoints
@@ -74,9 +75,7 @@ class Trained(Compressor):
         their logits. work: folder of the checkpoint, if there is to be one. Raises ValueError for a
         calibration that is missing or makes no sense, or a loss that is not finite.
         """
-        if calibration is None:
-            raise ValueError("this method needs calibration: (samples, tokens) int64 token ids")
-        check_ids(calibration, model.config)
+        calibration = checked_ids(calibration, model.config)
         model.eval()  # no dropout: steps are few, and repeatable
         parameters = [each for each in model.parameters() if each.requires_grad]
         for each in parameters:  # what was loaded may be a read-only map of its file
@@ -114,6 +113,11 @@ class Trained(Compressor):
             generator = torch.Generator().manual_seed(position // count)
             numbers.append(int(torch.randperm(count, generator=generator)[position % count]))
         return numbers
+
+
+def next_token(ids: Tensor) -> Loss:
+    """Cross-entropy of the tokens that follow, of a sequence (tokens,)."""
+    return lambda logits, states, piece: F.cross_entropy(logits, ids[1:][piece])
 
 
 def backward(model: Any, ids: Tensor, loss: Loss, weight: float) -> float:

@@ -11,6 +11,16 @@ from torch import Tensor
 
 from compress.block_shapes import Shape
 
+SPREAD = ("uniform", "global")
+
+
+def check_budget(ratio: float, spread: str) -> None:
+    """Raises ValueError unless `ratio` is a share that can go, and `spread` says from where."""
+    if not 0.01 <= ratio <= 0.99:
+        raise ValueError(f"ratio must be from 0.01 to 0.99, not {ratio}")
+    if spread not in SPREAD:
+        raise ValueError(f"spread must be one of {SPREAD}, not {spread!r}")
+
 
 def uniform(was: Shape, weights: list[int], ratio: float, heads: bool, round_to: int) -> Shape:
     """What one block keeps. heads, round_to: see prune_structured.

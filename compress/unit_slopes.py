@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.block_shapes import by_unit, halves, units
-from compress.calibrate import check_ids
+from compress.calibrate import checked_ids
 from compress.layers import decoder_blocks, family
 
 SAMPLES = 16  # of the calibration: forward and backward through the whole model each
@@ -27,9 +27,6 @@ def slopes(model: Any, calibration: Tensor | None) -> list[list[Tensor]]:
     calibration: (samples, tokens) int64, of which the first SAMPLES are used. Raises ValueError if
     it is missing or makes no sense.
     """
-    if calibration is None:
-        raise ValueError("this method needs calibration: (samples, tokens) int64 token ids")
-    check_ids(calibration, model.config)
     layout = family(model)
     ends: list[list[Any]] = [
         [(block.get_submodule(half.output), units(block, layout, half)) for half in halves(layout)]
@@ -37,7 +34,7 @@ def slopes(model: Any, calibration: Tensor | None) -> list[list[Tensor]]:
     ]
     found = [[torch.zeros(count) for _, count in block] for block in ends]
     weights: list[Any] = [layer.weight for block in ends for layer, _ in block]
-    samples = calibration[:SAMPLES]
+    samples = checked_ids(calibration, model.config)[:SAMPLES]
     try:
         for weight in weights:
             weight.requires_grad_(True)

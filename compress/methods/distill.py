@@ -9,8 +9,8 @@ Alone, the student is made of some of the teacher's blocks, every second one unl
 as DistilGPT2 was, or is a new model of other sizes. After another method in a pipeline the student
 is what that made and the teacher the model it was made from: `prune_structured+distill`.
 
-Better than as many steps without a teacher wherever there is little text; slower, by the teacher's
-forward pass.
+Each step costs the teacher's forward pass besides the student's own; `share=0` is the same student
+without a teacher, to compare with.
 
 Source: V. Sanh et al., "DistilBERT", 2019, section 3, https://arxiv.org/abs/1910.01108; G. Hinton
 et al., "Distilling the Knowledge in a Neural Network", 2015, https://arxiv.org/abs/1503.02531
@@ -29,10 +29,9 @@ from torch.nn import functional as F
 from compress.base import Progress, silent
 from compress.block_shapes import keep_blocks
 from compress.layers import cast_parameters, decoder_blocks, model_dtype
-from compress.methods.recover import next_token
 from compress.model_config import new_model
 from compress.registry import register
-from compress.training import Loss, Trained
+from compress.training import Loss, Trained, next_token
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from compress.base import Compressor, Progress, silent
 from compress.dtypes import DTYPES, check_dtype
 from compress.layer_inputs import Group
 from compress.layers import SKIP, named_finite, refuse_no_effect
-from compress.output_error import inverse_factor, refit_scales
+from compress.output_error import check_damping, inverse_factor, refit_scales
 from compress.quant_linear import QuantLinear
 from compress.quant_math import check_grid, fit_range, grouped
 from compress.registry import register
@@ -72,8 +72,7 @@ class Gptq(Compressor):
         check_grid(self.bits, self.group_size)
         check_dtype(self.dtype)
         check_head_bits(self.head_bits)
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"damping must be above 0 and at most 1, not {self.damping}")
+        check_damping(self.damping)
 
     def compress(
         self, model: nn.Module, calibration: Tensor | None = None, progress: Progress = silent

@@ -6,7 +6,7 @@ squared singular values that are dropped. A rank k holds k (out + in) numbers fo
 
 Gives plain products that every machine multiplies fast, and can be trained afterwards (`recover`,
 `distill`). Language models' matrices are nearly of full rank: at the same size four bits lose far
-less, and most of the time pruning does.
+less.
 
 Source: X. Wang et al., "SVD-LLM", 2024, section 3.1, https://arxiv.org/abs/2403.07378
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import calibrate
-from compress.base import Compressor, Progress, silent
+from compress.base import Compressor, Progress, part_of, silent
 from compress.layer_inputs import Group
 from compress.layers import (
     SKIP,
@@ -30,10 +30,10 @@ from compress.layers import (
     refuse_no_effect,
 )
 from compress.low_rank_linear import LowRankLinear
-from compress.output_error import inverse_factor
+from compress.output_error import check_damping, inverse_factor
 from compress.registry import register
+from compress.unit_budget import check_budget
 
-SPREAD = ("uniform", "global")
 Key = tuple[int, str]  # number of the block, name in it
 
 
@@ -59,12 +59,8 @@ class LowRank(Compressor):
 
     def __post_init__(self) -> None:
         """Raises ValueError on a setting that makes no sense."""
-        if not 0.01 <= self.ratio <= 0.99:
-            raise ValueError(f"ratio must be from 0.01 to 0.99, not {self.ratio}")
-        if self.spread not in SPREAD:
-            raise ValueError(f"spread must be one of {SPREAD}, not {self.spread!r}")
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"damping must be above 0 and at most 1, not {self.damping}")
+        check_budget(self.ratio, self.spread)
+        check_damping(self.damping)
 
     def compress(
         self, model: nn.Module, calibration: Tensor | None = None, progress: Progress = silent
@@ -94,10 +90,7 @@ class LowRank(Compressor):
                         spectra[numbers[id(group.block)], name] = values.square()
                 return {}
 
-            half = len(blocks)
-            calibrate.run(
-                model, calibration, look, "block", lambda done, _: progress(done, 2 * half)
-            )
+            calibrate.run(model, calibration, look, "block", part_of(progress, 0, passes))
             ranks = ranked(shapes, spectra, self.ratio)
 
         def solve(groups: list[Group]) -> dict[str, nn.Module]:
@@ -111,11 +104,8 @@ class LowRank(Compressor):
                         replaced[name] = LowRankLinear(first, second, layer.bias)
             return replaced
 
-        start = (passes - 1) * len(blocks)
-        calibrate.run(
-            *(model, calibration, solve, "sequential"),
-            lambda done, _: progress(start + done, passes * len(blocks)),
-        )
+        last = part_of(progress, passes - 1, passes)
+        calibrate.run(model, calibration, solve, "sequential", last)
         return cast_parameters(model, model_dtype(model))
 
     def decompose(self, weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -6,9 +6,8 @@ calibration; the blocks that turn the stream least go. `angle` measures the same
 `blocks` blocks and takes the whole run that turns it least. `loss` takes them one by one, each time
 that whose going leaves the least loss on the calibration.
 
-The strongest gain of speed for its loss of parameters, on any machine: a block less is a block's
-time less, whatever the kernels. The loss of quality is steep beyond a tenth of the blocks; train it
-afterwards (`recover`, `distill`).
+A block less is a block's time less on any machine, whatever the kernels. What is left can be
+trained afterwards (`recover`, `distill`).
 
 Source: X. Men et al., "ShortGPT", 2024 (influence), https://arxiv.org/abs/2403.03853; A. Gromov et
 al., "The Unreasonable Ineffectiveness of the Deeper Layers", 2024 (angle),
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 
 from compress.base import Compressor, Progress, silent
 from compress.block_shapes import keep_blocks
-from compress.calibrate import check_ids, first_inputs, through_block
+from compress.calibrate import checked_ids, first_inputs, through_block
 from compress.layers import cast_parameters, decoder_blocks, family, model_dtype
 from compress.registry import register
 
@@ -62,9 +61,7 @@ class PruneDepth(Compressor):
         total = len(decoder_blocks(model))
         if self.blocks >= total:
             raise ValueError(f"blocks={self.blocks} leaves none of {total} blocks")
-        if calibration is None:
-            raise ValueError("this method needs calibration: (samples, tokens) int64 token ids")
-        check_ids(calibration, model.config)
+        calibration = checked_ids(calibration, model.config)
         choose = self._by_loss if self.criterion == "loss" else self._by_turn
         with torch.no_grad():
             gone = choose(model.eval(), calibration, progress)

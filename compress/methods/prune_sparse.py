@@ -5,7 +5,7 @@
 in every 128 it removes what costs least, W_ij^2 / U_jj^2 with U the upper Cholesky factor of
 (E[x x^T])^-1, and lets the columns to come make up for it.
 
-Halves what a file holds at most: a mask and half of the weights, 9 bits a weight of 16. No kernel
+At half the weights a file holds 9 of 16 bits a weight, mask and values. No kernel
 here multiplies faster for the zeros, so that speed is a dense model's; four bits are smaller,
 faster and closer to the parent. It is here as the reference that the pruning papers are read by,
 and for runtimes that use 2:4.
@@ -27,7 +27,7 @@ from compress.base import Compressor, Progress, silent
 from compress.dtypes import DTYPES, check_dtype
 from compress.layer_inputs import Group
 from compress.layers import SKIP, named_finite, refuse_no_effect
-from compress.output_error import inverse_factor
+from compress.output_error import check_damping, inverse_factor
 from compress.registry import register
 from compress.sparse_linear import SparseLinear
 from compress.vocabulary import finish
@@ -63,8 +63,7 @@ class PruneSparse(Compressor):
             raise ValueError(f"ratio must be above 0 and below 1, not {self.ratio}")
         if self.importance not in IMPORTANCE:
             raise ValueError(f"importance must be one of {IMPORTANCE}, not {self.importance!r}")
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"damping must be above 0 and at most 1, not {self.damping}")
+        check_damping(self.damping)
         if self.pattern:
             kept, of = self.kept_of()
             if not 0 < kept < of or BLOCK % of:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import calibrate
-from compress.base import Compressor, Progress, silent
+from compress.base import Compressor, Progress, part_of, silent
 from compress.block_shapes import (
     Shape,
     by_unit,
@@ -45,13 +45,13 @@ from compress.layers import (
     model_dtype,
     named_finite,
 )
+from compress.output_error import check_damping
 from compress.registry import register
-from compress.unit_budget import ranked, uniform
+from compress.unit_budget import check_budget, ranked, uniform
 from compress.unit_choice import choose, inverse, unit_costs, unit_energies
 from compress.unit_slopes import slopes
 
 IMPORTANCE = ("reconstruction", "activation", "magnitude", "taylor")
-SPREAD = ("uniform", "global")
 Scores = list[list[Tensor]]  # of every block: of each half: (units,)
 
 
@@ -86,18 +86,14 @@ class PruneStructured(Compressor):
 
     def __post_init__(self) -> None:
         """Raises ValueError on a setting that makes no sense."""
-        if not 0.01 <= self.ratio <= 0.99:
-            raise ValueError(f"ratio must be from 0.01 to 0.99, not {self.ratio}")
+        check_budget(self.ratio, self.spread)
         if self.importance not in IMPORTANCE:
             raise ValueError(f"importance must be one of {IMPORTANCE}, not {self.importance!r}")
-        if self.spread not in SPREAD:
-            raise ValueError(f"spread must be one of {SPREAD}, not {self.spread!r}")
         if not 1 <= self.iterations <= 30:
             raise ValueError(f"iterations must be from 1 to 30, not {self.iterations}")
         if self.round_to < 1:
             raise ValueError(f"round_to must be at least 1, not {self.round_to}")
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"damping must be above 0 and at most 1, not {self.damping}")
+        check_damping(self.damping)
 
     def compress(
         self, model: nn.Module, calibration: Tensor | None = None, progress: Progress = silent
@@ -108,10 +104,11 @@ class PruneStructured(Compressor):
         if a weight is not finite, or if the ratio leaves a block nothing.
         """
         before, layout = shapes(model), family(model)
-        blocks = [block for _, block in decoder_blocks(model)]
-        weights = [unit_weights(blocks[0], layout, half) for half in halves(layout)]
+        first = decoder_blocks(model)[0][1]
+        weights = [unit_weights(first, layout, half) for half in halves(layout)]
         looks = self.spread == "global" and self.importance != "taylor"
-        parts = iter(_parts(progress, self.iterations * (1 + looks), len(blocks)))
+        passes = self.iterations * (1 + looks)
+        parts = (part_of(progress, number, passes) for number in range(passes))
         for turn in range(1, self.iterations + 1):
             share = self.ratio * turn / self.iterations
             scores = slopes(model, calibration) if self.importance == "taylor" else None
@@ -195,15 +192,6 @@ class PruneStructured(Compressor):
         if self.refit:
             made = block.get_submodule(name).weight
             made.data = weight.to(made.dtype)
-
-
-def _parts(progress: Progress, parts: int, blocks: int) -> list[Progress]:
-    """One progress for each pass over the blocks, `progress` counting through them all."""
-
-    def part(number: int) -> Progress:
-        return lambda done, _: progress(number * blocks + done, parts * blocks)
-
-    return [part(number) for number in range(parts)]
 
 
 register("prune_structured", PruneStructured())

@@ -18,12 +18,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from compress.base import Progress, silent
 from compress.layers import cast_parameters, model_dtype, named_linears
 from compress.registry import register
-from compress.training import Loss, Trained
+from compress.training import Trained, next_token
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,6 @@ class Recover(Trained):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return get_peft_model(model, config)
-
-
-def next_token(ids: Tensor) -> Loss:
-    """Cross-entropy of the tokens that follow."""
-    return lambda logits, states, piece: F.cross_entropy(logits, ids[1:][piece])
 
 
 register("recover", Recover())

@@ -124,3 +124,16 @@ def test_the_table_of_stages(tmp_path):
     assert "Stage by stage:" not in to_markdown([by_name["none"], by_name["rtn"]])
     alone = stages.table([by_name["prune_depth+rtn"]], lambda record: "")
     assert [line[2] for line in alone] == ["", lines[1][2]]  # a stage without a record is blank
+
+
+def test_a_stage_is_not_taken_from_another_calibration(tmp_path):
+    """The same method and settings on fewer samples are not the pipeline's stage."""
+    pipeline = "prune_structured(ratio=0.3)+rtn"
+    _, done = records(tmp_path, pipeline)
+    _, fewer = records(tmp_path, "prune_structured(ratio=0.3)", samples=2)
+    mine = next(each for each, _ in done if each["job"]["method"] == "prune_structured")
+    other = next(each for each, _ in fewer if each["job"]["method"] == "prune_structured")
+    assert mine["key"] != other["key"]
+    found = [record for record, _ in (*done, *fewer)]
+    for group in (found, found[::-1]):
+        assert stages.table(group, lambda record: record["key"])[0][3] == mine["key"]

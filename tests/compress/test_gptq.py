@@ -2,20 +2,13 @@
 
 import pytest
 import torch
+from comparing import layer_and_gram
 
-from compress.methods.gptq import Gptq, inverse_factor
+from compress.methods.gptq import Gptq
 from compress.methods.rtn import Rtn
+from compress.output_error import inverse_factor
 from compress.quant_linear import QuantLinear
 from compress.quant_math import fit_range, grouped, to_codes
-
-
-def layer_and_gram(rows=24, columns=96, seed=0):
-    """A weight and the Gram matrix of correlated inputs of very different sizes."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
-    size = torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=generator)]
-    x = torch.randn(1000, columns, generator=generator) @ mixing * size
-    return torch.randn(rows, columns, generator=generator), x.T @ x / len(x)
 
 
 def output_error(change, gram):

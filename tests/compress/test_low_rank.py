@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from comparing import layer_and_gram
 
 import compress
 from compress import checkpoint
@@ -14,20 +15,13 @@ from compress.methods.low_rank import LowRank, ranked, uniform_ranks
 IDS = torch.randint(0, 257, (4, 32), generator=torch.Generator().manual_seed(0))
 
 
-def layer_and_gram(rows=20, columns=32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns, columns, generator=generator)
-    x = torch.randn(500, columns, generator=generator) @ mixing
-    return torch.randn(rows, columns, generator=generator), x.T @ x / len(x)
-
-
 def error(change, gram):
     return float(((change.double() @ gram.double()) * change.double()).sum())
 
 
 @pytest.mark.parametrize("rank", [1, 7, 20])
 def test_the_error_is_that_of_the_singular_values_that_went(rank):
-    weight, gram = layer_and_gram()
+    weight, gram = layer_and_gram(20, 32)
     method = LowRank(damping=1e-9)
     first, second = method.factors(weight, gram, rank)
     assert first.shape == (rank, 32) and second.shape == (20, rank)
@@ -41,7 +35,7 @@ def test_the_error_is_that_of_the_singular_values_that_went(rank):
 
 
 def test_the_plain_svd_is_the_best_without_inputs():
-    weight, gram = layer_and_gram()
+    weight, gram = layer_and_gram(20, 32)
     first, second = LowRank(whiten=False).factors(weight, gram, 5)
     values = torch.linalg.svdvals(weight.double())
     lost = float((second.double() @ first.double() - weight).square().sum())

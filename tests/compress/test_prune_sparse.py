@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from comparing import layer_and_gram
 from safetensors.torch import load_file, save_file
 
 import compress
@@ -13,15 +14,6 @@ from compress.methods.prune_sparse import BLOCK, PruneSparse
 from compress.sparse_linear import SparseLinear
 
 IDS = torch.randint(0, 257, (4, 32), generator=torch.Generator().manual_seed(0))
-
-
-def layer_and_gram(rows=24, columns=96, seed=0):
-    """A weight and the Gram matrix of correlated inputs of very different sizes."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
-    size = torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=generator)]
-    x = torch.randn(1000, columns, generator=generator) @ mixing * size
-    return torch.randn(rows, columns, generator=generator), x.T @ x / len(x)
 
 
 def error(method, weight, gram):

@@ -5,19 +5,13 @@ import math
 import pytest
 import torch
 import torch_pruning as pruning
+from comparing import layer_and_gram
 
 import compress
 from compress import checkpoint
 from compress.block_shapes import shapes
 from compress.unit_choice import choose, inverse, unit_costs, unit_energies, without
 from compress.unit_slopes import slopes
-
-
-def layer_and_gram(rows=6, columns=12, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns, columns, generator=generator)
-    x = torch.randn(400, columns, generator=generator) @ mixing
-    return torch.randn(rows, columns, generator=generator), x.T @ x / len(x)
 
 
 def error(change, gram):
@@ -35,7 +29,7 @@ def best_without(weight, gram, gone):
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_the_cost_of_a_unit_is_the_least_squares_error_without_it(size):
-    weight, gram = (part.double() for part in layer_and_gram())
+    weight, gram = (part.double() for part in layer_and_gram(6, 12))
     count = 12 // size
     costs = unit_costs(weight, inverse(gram, 1e-12), count)
     for unit in range(count):
@@ -53,7 +47,7 @@ def test_the_cost_of_a_unit_is_the_least_squares_error_without_it(size):
 
 
 def test_one_after_the_other_is_all_at_once():
-    weight, gram = (part.double() for part in layer_and_gram())
+    weight, gram = (part.double() for part in layer_and_gram(6, 12))
     kept, found = choose(weight, inverse(gram, 1e-12), 12, 7, None)
     gone = [column for column in range(12) if column not in kept.tolist()]
     new, _ = best_without(weight, gram, gone)
