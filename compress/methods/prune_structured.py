@@ -4,8 +4,9 @@ From every half of a block the least important units go (block_shapes.py): of at
 that share keys and values, with these, of the MLP channels. The layer behind them then makes up for
 what they gave it, by least squares on the calibration text: W' = W H[:, K] H[K, K]^-1 with
 H = E[x x^T] and K the inputs that stay. What a set S of them costs under that correction,
-tr(W_S ([H^-1]_SS)^-1 W_S^T), is also the default importance; H^-1 and W are brought up to date as
-units go, so that of two that can stand in for each other one stays.
+tr(W_S ([H^-1]_SS)^-1 W_S^T), can choose them too (importance=reconstruction; H^-1 and W are brought
+up to date as units go, so that of two that can stand in for each other one stays). The
+default, the energy that a unit gives, left smollm2-135m the lower perplexity at every ratio tried.
 
 Helps every runtime, since there is less to multiply and no kernel is needed, and any other method
 can follow. Costs far more quality than fewer bits for the same bytes: train it afterwards
@@ -51,7 +52,7 @@ from compress.unit_budget import check_budget, ranked, uniform
 from compress.unit_choice import choose, inverse, unit_costs, unit_energies
 from compress.unit_slopes import slopes
 
-IMPORTANCE = ("reconstruction", "activation", "magnitude", "taylor")
+IMPORTANCE = ("activation", "reconstruction", "magnitude", "taylor")
 Scores = list[list[Tensor]]  # of every block: of each half: (units,)
 
 
@@ -65,7 +66,7 @@ class PruneStructured(Compressor):
     of their half. heads: whether attention's units go too; of blocks that stay alike the share
     `ratio` of them, rounded down, and channels make up the rest. round_to: the channels of a block
     are left a multiple of this, if there are so many, for the kernels' sake.
-    importance: "reconstruction", see above; "activation", the mean square of what the unit gives;
+    importance: "activation", the mean square of what the unit gives; "reconstruction", see above;
     "magnitude" of its weights; "taylor", the squared change of the loss without it, to first order.
     iterations: rounds over the model, each taking an equal part by what the model is by then.
     refit: whether the layer behind makes up for what went. damping: share of the mean of H's
@@ -79,7 +80,7 @@ class PruneStructured(Compressor):
     spread: str = "uniform"
     heads: bool = True
     round_to: int = 32
-    importance: str = "reconstruction"
+    importance: str = "activation"
     iterations: int = 1
     refit: bool = True
     damping: float = 0.01
