@@ -38,5 +38,5 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv: about 1 minute and 2 GB of disk with a CPU build of torch."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[finetune,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[finetune,onnx,dev]'
 	@touch $(READY)

@@ -230,6 +230,6 @@ def code_of(method: Compressor) -> dict[str, str]:
 
 def sources(method: Compressor) -> list[Path]:
     """The file of `method`; and those of the formats, which no import names, if it reads them."""
-    reads = method.foreign and method.env is None
+    reads = not method.takes
     formats = sorted((ROOT / "compress" / "export").glob("*.py")) if reads else []
     return [Path(str(sys.modules[type(method).__module__].__file__)), *formats]

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import safe_open
 
 from bench.metrics.subject import Progress, Subject
+from compress import onnx_graph
 from compress.checkpoint import layer_specs
 from compress.export import gguf_header
 from compress.layers import is_tied
@@ -50,10 +51,11 @@ def size(subject: Subject, progress: Progress) -> dict[str, Any]:
     about = read_json(folder / "compression.json") if specs else {}
     quantized = {name: spec["in_features"] * spec["out_features"] for name, spec in specs.items()}
     tensors = headers(folder)
-    inside = {
+    inside = {  # an embedding's codes are those of the table in it
         name
         for name in tensors
-        if name.rpartition(".")[0] in quantized and not name.endswith(".bias")
+        if name.rpartition(".")[0].removesuffix(".table") in quantized
+        and not name.endswith(".bias")
     }
     quantized_bytes = sum(tensors[name][1] for name in inside)
     left_alone: dict[str, int] = {}
@@ -81,13 +83,14 @@ def foreign(folder: Path, parent: Path) -> dict[str, Any]:
     """What can be said of an artefact in a format that is not ours; see size.
 
     tensor_bytes: without headers and the tokenizer that a GGUF file may hold; of ONNX, whole files.
-    Raises ValueError if no file holds weights.
+    weights: the parent's, or of a graph of ours what it says itself: something may have been pruned
+    before. Raises ValueError if no file holds weights.
     """
     tensor_bytes = sum(payload(file) for kind in FOREIGN for file in folder.rglob(kind))
     if not tensor_bytes:
         raise ValueError(f"{folder} holds no file of weights: none of {', '.join(FOREIGN)}")
     tied = is_tied(read_json(parent / "config.json"))
-    weights = sum(
+    weights = onnx_graph.weights(folder) or sum(
         math.prod(shape)
         for name, (shape, _) in headers(parent).items()
         if not name.endswith(IGNORED) and not (tied and name == "lm_head.weight")

@@ -369,6 +369,14 @@ def test_a_quantized_copy_of_a_tied_head_means_no_new_weights(sized):
     assert values["quantized_weights"] == 2 * 12 * 64**2 + 257 * 64  # two blocks and the head
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_embedding_of_codes_means_the_numbers_of_the_embedding(bits, sized):
+    plain, _, _ = sized("none", "tiny_gpt2")
+    values, _, _ = sized(f"rtn(group_size=32,head_bits={bits})", "tiny_gpt2")
+    assert values["weights"] == plain["weights"]
+    assert values["left_alone"]["embedding"] == GPT2_EMBEDDING - 257 * 64
+
+
 def test_what_was_left_alone_by_role(sized):
     assert sized("rtn(group_size=32)", "tiny_llama")[0]["left_alone"] == {
         "embedding": 257 * 64,
