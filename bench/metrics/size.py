@@ -83,18 +83,17 @@ def foreign(folder: Path, parent: Path) -> dict[str, Any]:
     """What can be said of an artefact in a format that is not ours; see size.
 
     tensor_bytes: without headers and the tokenizer that a GGUF file may hold; of ONNX, whole files.
-    weights: the parent's, or of a graph of ours what it says itself: something may have been pruned
-    before. Raises ValueError if no file holds weights.
+    weights: the parent's; of tensors of the parent's names as many as they are, and of a graph of
+    ours what it says itself, since something may have been pruned. Raises ValueError if no file
+    holds weights.
     """
     tensor_bytes = sum(payload(file) for kind in FOREIGN for file in folder.rglob(kind))
     if not tensor_bytes:
         raise ValueError(f"{folder} holds no file of weights: none of {', '.join(FOREIGN)}")
     tied = is_tied(read_json(parent / "config.json"))
-    weights = onnx_graph.weights(folder) or sum(
-        math.prod(shape)
-        for name, (shape, _) in headers(parent).items()
-        if not name.endswith(IGNORED) and not (tied and name == "lm_head.weight")
-    )
+    before, after = numbers(parent, tied), numbers(folder, tied)
+    counted = after if after.keys() == before.keys() else before
+    weights = onnx_graph.weights(folder) or sum(counted.values())
     return {
         "tensor_bytes": tensor_bytes,
         "weights": weights,
@@ -104,6 +103,17 @@ def foreign(folder: Path, parent: Path) -> dict[str, Any]:
         "left_alone": {},
         "kept_by_setting": [],
     }
+
+
+def numbers(folder: Path, tied: bool) -> dict[str, int]:
+    """Tensor name -> its numbers, over all safetensors files; a tied head has none of its own."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                if not name.endswith(IGNORED) and not (tied and name == "lm_head.weight"):
+                    found[name] = math.prod(file.get_slice(name).get_shape())
+    return found
 
 
 def payload(file: Path) -> int:

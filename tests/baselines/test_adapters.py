@@ -36,7 +36,7 @@ PEERS = found_by_the_bench()
 def test_all_are_found():
     assert {name.partition(":")[0] for name in PEERS} == {
         *("auto_gptq", "auto_round", "autoawq", "bitsandbytes", "gptqmodel", "hqq", "llama_cpp"),
-        *("llmcompressor", "onnxruntime", "quanto", "torch_dynamic", "torchao"),
+        *("llmcompressor", "onnxruntime", "quanto", "torch_dynamic", "torch_pruning", "torchao"),
     }
 
 
@@ -72,12 +72,29 @@ def test_finding_adapters_imports_no_library():
         ("llmcompressor:gptq", {"algorithm": "rtn"}),
         ("llmcompressor:gptq", {"act_order": "maybe"}),
         ("quanto:int8", {"bits": 3}),
+        ("torch_pruning:magnitude", {"ratio": 1}),
     ],
 )
 def test_refusals(name, wrong):
     [(setting, value)] = wrong.items()
     with pytest.raises(ValueError, match=f"{setting} must be .* not '?{value}'?"):
         replace(PEERS[name], **wrong)
+
+
+def test_torch_prunings_recipe_gives_a_smaller_plain_model(tiny_llama, tiny_gpt2, tmp_path):
+    peer = replace(PEERS["torch_pruning:magnitude"], ratio=0.5)
+    pruned = peer.compress(peer.read(tiny_llama))
+    # Half of 64 hidden states and of 160 channels; of heads that share keys none.
+    sizes = {"hidden_size": 32, "intermediate_size": 80, "num_attention_heads": 4, "head_dim": 16}
+    assert {name: getattr(pruned.config, name) for name in sizes} == sizes
+    blocks = 3 * (2 * 64 * 32 + 2 * 32 * 32 + 3 * 32 * 80 + 2 * 32)
+    assert sum(each.numel() for each in pruned.parameters()) == blocks + 2 * 257 * 32 + 32
+    ids = torch.arange(20)[None]
+    wanted = peer.runner(pruned).logits(ids)
+    peer.save(pruned, tmp_path)
+    assert torch.equal(peer.load(tmp_path).logits(ids), wanted)
+    with pytest.raises(ValueError, match="reads q_proj, k_proj and v_proj"):
+        peer.compress(peer.read(tiny_gpt2))
 
 
 def test_what_a_library_left_out_is_an_error():

@@ -410,6 +410,16 @@ def test_another_librarys_files_count_against_the_parents_weights(tmp_path, tiny
         size(replace(subject(artefact=tmp_path), made_from=tiny_llama), quiet)
 
 
+def test_of_another_librarys_smaller_model_the_weights_that_are_left_count(tiny_llama, tmp_path):
+    ids = random_ids(4, 32)
+    left = compress.apply("prune_structured(ratio=0.5)", compress.load(tiny_llama), ids)
+    count = sum(each.numel() for each in left.parameters())
+    compress.save(left, tmp_path / "left")
+    values = size(replace(subject(artefact=tmp_path / "left"), made_from=tiny_llama), quiet)
+    assert values["weights"] == count < LLAMA_LINEAR + 2 * 257 * 64 + LLAMA_NORM
+    assert values["bits_per_weight"] == 32
+
+
 def test_of_another_librarys_file_the_tensors_count_and_no_header(tmp_path):
     writer = GGUFWriter(tmp_path / "a.gguf", "llama")
     writer.add_token_list(["a long word"] * 500)  # a tokenizer is no part of the weights
