@@ -93,6 +93,8 @@ def export(
     method = registry.get(job["method"], **job["settings"])
     if method.env:
         raise UsageError(f"{job['method']} writes its own library's format, which stays as it is")
+    if method.leaves == "graph":
+        raise UsageError(f"{job['method']} is a graph already; name a record of what came before")
     title = registry.describe(job["method"], asdict(method))
     artefact = artefact_folder(record["machine"]["name"], record["compress_key"])
     if record["status"] != "ok" or cost_of(artefact) is None:

@@ -7,6 +7,7 @@
     compress.save(small, "path/to/small")
     again = compress.load("path/to/small")                       # same logits, bit for bit
     compress.export(small, "path/to/gguf", format="gguf")        # for another runtime
+    compress.apply("onnx", small).save("path/to/onnx")           # a graph; uses `small` up
 
 `names()` lists the methods, `get(name, **settings)` gives one as a value, `describe` its text.
 `compress.export.read`, imported as `from compress.export import read`, reads such files again.
@@ -57,7 +58,7 @@ def apply(
     calibration: Tensor | None = None,
     progress: Progress = silent,
     **settings: Any,
-) -> nn.Module:
+) -> Any:
     """Compress `model` by the method `name`; may reuse and modify it.
 
     name: one of names(), or the longer form "gptq(bits=3)". calibration: (samples, tokens) int64
@@ -72,7 +73,7 @@ def apply(
     if twice := written.keys() & settings.keys():
         raise ValueError(f"setting {min(twice)!r} is given twice, in {name!r} and beside it")
     method = get(plain, **written, **settings)
-    if method.foreign:
+    if method.foreign and method.leaves != "graph":
         raise ValueError(f"method {plain!r} does not compress a model; known: {', '.join(names())}")
     if method.needs_calibration and calibration is None:
         raise ValueError(f"method {plain!r} needs calibration: (samples, tokens) int64 token ids")

@@ -15,6 +15,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
 from compress.layers import family
-from compress.model_files import head_name, our_layers, plain_tensors
+from compress.model_files import CONFIG, head_name, our_layers, plain_tensors
 from compress.onnx_layers import Codes, operators, table_of
 
 GRAPH, NUMBERS = "model.onnx", "model.onnx_data"
@@ -148,8 +149,25 @@ def prepared(model: Any, dtype: torch.dtype, accuracy_level: int) -> Graph:
     return Graph(model).eval()
 
 
-def export(model: Any, dtype: torch.dtype, accuracy_level: int) -> Any:
-    """`model`, used up, as an onnx_ir.Model that computes in `dtype`.
+@dataclass
+class Exported:
+    """A model as a graph. graph: onnx_ir.Model. config: transformers' own, of the model."""
+
+    graph: Any
+    config: Any
+
+    def save(self, folder: Path | str) -> None:
+        """Write model.onnx, model.onnx_data with the numbers, and config.json."""
+        import onnx_ir
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        onnx_ir.save(self.graph, folder / GRAPH, external_data=NUMBERS)
+        self.config.to_json_file(folder / CONFIG)
+
+
+def export(model: Any, dtype: torch.dtype, accuracy_level: int) -> Exported:
+    """`model`, used up, as a graph that computes in `dtype`.
 
     accuracy_level: of MatMulNBits. Raises ValueError, naming the layer, for one that no operator of
     ONNX means.
@@ -196,7 +214,7 @@ def export(model: Any, dtype: torch.dtype, accuracy_level: int) -> Any:
     keep.const_value = onnx_ir.tensor(0, dtype=onnx_ir.DataType.INT64, name=KEEP)
     made.graph.register_initializer(keep)
     anonymous(made).metadata_props[WEIGHTS] = str(weights)
-    return made
+    return Exported(made, model.config)
 
 
 def meant(model: Any) -> int:
@@ -249,13 +267,6 @@ def weights(folder: Path) -> int | None:
     graph = onnx.load(folder / GRAPH, load_external_data=False)
     said = {entry.key: entry.value for entry in graph.metadata_props}.get(WEIGHTS, "")
     return int(said) if said.isdecimal() else None
-
-
-def save(made: Any, folder: Path) -> None:
-    """Write the graph and its numbers."""
-    import onnx_ir
-
-    onnx_ir.save(made, folder / GRAPH, external_data=NUMBERS)
 
 
 @contextmanager

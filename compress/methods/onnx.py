@@ -23,7 +23,6 @@ from compress import onnx_graph
 from compress.base import Compressor, Progress, Runner, silent
 from compress.dtypes import DTYPES
 from compress.layers import cast_parameters
-from compress.model_files import CONFIG
 from compress.onnx_runner import OnnxRunner, library
 from compress.registry import register
 
@@ -52,7 +51,7 @@ class Onnx(Compressor):
     def compress(
         self, model: nn.Module, calibration: Tensor | None = None, progress: Progress = silent
     ) -> Any:
-        """(graph, config) of `model`, which is used up.
+        """`model`, which is used up, as an onnx_graph.Exported.
 
         Raises ValueError for a layer that no operator means, for a number too large for float16, or
         if onnxruntime is missing.
@@ -60,14 +59,11 @@ class Onnx(Compressor):
         library()
         if self.dtype == "float16":
             cast_parameters(model, DTYPES[self.dtype])
-        graph = onnx_graph.export(model, DTYPES[self.dtype], self.accuracy_level)
-        return graph, model.config
+        return onnx_graph.export(model, DTYPES[self.dtype], self.accuracy_level)
 
     def save(self, compressed: Any, folder: Path) -> None:
         """model.onnx, model.onnx_data with the numbers, and config.json."""
-        graph, config = compressed
-        onnx_graph.save(graph, folder)
-        config.to_json_file(folder / CONFIG)
+        compressed.save(folder)
 
     def load(self, folder: Path) -> Runner:
         """In ONNX Runtime."""

@@ -27,21 +27,12 @@ IDS = torch.randint(0, 257, (2, 24), generator=RANDOM)
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
-def saved(name, source, folder):
-    """What `name` makes of the model in `source`, in `folder`."""
-    plain, settings = registry.parse(name)
-    method = registry.get(plain, **settings)
-    folder.mkdir()
-    method.save(method.compress(checkpoint.load(source)), folder)
-    return method
-
-
 @pytest.fixture(scope="module", params=["tiny_llama", "tiny_gpt2"])
 def plain(request, tmp_path_factory):
     """(folder of the graph, folder of the model)."""
     source = request.getfixturevalue(request.param)
     folder = tmp_path_factory.mktemp("onnx") / "model"
-    saved("onnx", source, folder)
+    compress.apply("onnx", checkpoint.load(source)).save(folder)
     return folder, source
 
 
@@ -106,6 +97,7 @@ def test_the_file_says_nothing_of_its_making_and_a_tied_head_is_there_once(plain
     assert not any(node.metadata_props or node.doc_string for node in graph.graph.node)
     text = (folder / "model.onnx").read_bytes()
     assert b"/compress/" not in text and b".py" not in text
+    assert "slimbench" not in (folder / "config.json").read_text()
     model = checkpoint.load(source)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     assert onnx_graph.weights(folder) == numbers
@@ -119,12 +111,9 @@ def test_the_file_says_nothing_of_its_making_and_a_tied_head_is_there_once(plain
     "name", ["rtn(bits=3,group_size=16,head_bits=4)", "prune_structured(ratio=0.5)+dynamic"]
 )
 def test_after_another_method_it_is_what_that_made(name, tiny_gpt2, tmp_path):
-    plain, settings = registry.parse(name)
-    made = registry.get(plain, **settings).compress(checkpoint.load(tiny_gpt2), IDS)
-    compress.save(made, tmp_path / "torch")
+    compress.save(compress.apply(name, checkpoint.load(tiny_gpt2), IDS), tmp_path / "torch")
     wanted = TorchRunner(compress.load(tmp_path / "torch").float()).logits(IDS)
     method = Onnx()
-    (tmp_path / "onnx").mkdir()
     method.save(method.compress(compress.load(tmp_path / "torch")), tmp_path / "onnx")
     runner = method.load(tmp_path / "onnx")
     found = runner.logits(IDS)
