@@ -16,36 +16,39 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-from bench import stages
+from bench import pareto, stages
 from bench.job import PARENT, Job, question
 from bench.stats import RESAMPLES, paired_delta
 from compress import registry
 from results.store import Record
 
 MEASURED = (
-    *("perplexity", "size_bytes", "bits_per_weight", "prefill_ms", "decode_tokens_per_s", "load_s"),
+    *("perplexity", "size_bytes", "weights", "bits_per_weight"),
+    *("prefill_ms", "decode_tokens_per_s", "load_s"),
     *("compress_s", "compress_cpu_s", "compress_peak_rss_bytes"),
 )
 COLUMNS = (
     *("model", "method", "settings", "data", "protocol", "status"),
-    *(*MEASURED, "key", "error"),
+    *(*MEASURED, "front", "key", "error"),
 )
-TEXTS = ("method", "settings", "key", "status", "stage")  # columns that are not figures
+FASTER = {"prefill_ms": -1, "decode_tokens_per_s": 1}  # the power of a ratio that is a speed-up
+TEXTS = ("method", "settings", "front", "key", "status", "stage")  # columns that are not figures
 Group = list[Record]
 
 
 def rows(records: list[Record]) -> list[dict[str, Any]]:
     """One dict a record, keys exactly COLUMNS; None where nothing was measured."""
-    return [row(record) for group in groups(records) for record in group]
+    return [row(record, pareto.fronts(group)) for group in groups(records) for record in group]
 
 
-def row(record: Record) -> dict[str, Any]:
-    """The columns of one record."""
+def row(record: Record, on: Callable[[Record], list[str]] = lambda alone: []) -> dict[str, Any]:
+    """The columns of one record. on: the Pareto fronts that a record is on."""
     job = record["job"]
     named = {name: job[name] for name in ("model", "method", "data")}
     texts = {"settings": settings_text(job), "protocol": protocol_text(job)}
     values = {name: record["values"].get(name) for name in MEASURED}
     about = {name: record.get(name) for name in ("status", "key", "error")}
+    about["front"] = " ".join(on(record)) or None
     found = named | texts | values | about
     return {name: found[name] for name in COLUMNS}
 
@@ -128,7 +131,9 @@ def to_markdown(records: list[Record]) -> str:
         "rows). An interval that holds 0 means no difference was seen.",
         "Perplexity is per token, over windows that do not overlap, each scored by itself without "
         "BOS; the first token of a window is context only. Latency is for batch 1, after a "
-        "warm-up, as medians. MB are 10^6 bytes.",
+        "warm-up, as medians; in brackets how many times as fast as the parent. MB are 10^6 bytes.",
+        "Front: no other row of the table has both less perplexity and fewer bytes (size), or both "
+        "less perplexity and faster decoding (decode).",
     ]
     for group in groups(records):
         lines += ["", *_heading(group), ""]
@@ -210,6 +215,7 @@ def table(group: Group) -> list[list[str]]:
     number = {
         "perplexity": ("perplexity", 1, ".3f"),
         "size MB": ("size_bytes", 1e6, ".1f"),
+        "weights M": ("weights", 1e6, ".1f"),
         "bits/weight": ("bits_per_weight", 1, ".2f"),
         "prefill ms": ("prefill_ms", 1, ".1f"),
         "decode tokens/s": ("decode_tokens_per_s", 1, ".1f"),
@@ -226,6 +232,10 @@ def table(group: Group) -> list[list[str]]:
         columns[heading] = _reader(name, unit, form)
         if name == "perplexity":
             columns["change"] = lambda record: change_text(record, parent)
+        if name in FASTER:
+            columns[heading] = partial(_with_ratio, name, columns[heading], parent)
+    on = pareto.fronts(group)
+    columns["front"] = lambda record: ", ".join(on(record))
     columns["key"] = lambda record: record["key"]
     columns["status"] = _status
     return [list(columns), *([show(record) for show in columns.values()] for record in group)]
@@ -239,6 +249,15 @@ def is_parent(record: Record) -> bool:
 
 def _reader(name: str, unit: float, form: str) -> Callable[[Record], str]:
     return lambda record: stages.number(record["values"].get(name), unit, form)
+
+
+def _with_ratio(
+    name: str, show: Callable[[Record], str], parent: Record | None, record: Record
+) -> str:
+    ours, base = (each["values"].get(name) if each else None for each in (record, parent))
+    if not ours or not base or record is parent:
+        return show(record)
+    return f"{show(record)} ({(ours / base) ** FASTER[name]:.2f}x)"
 
 
 def _status(record: Record) -> str:

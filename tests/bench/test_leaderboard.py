@@ -13,8 +13,9 @@ from compress import registry
 
 registry.discover("compress.methods")
 COLUMNS = (
-    "model,method,settings,data,protocol,status,perplexity,size_bytes,bits_per_weight,prefill_ms,"
-    "decode_tokens_per_s,load_s,compress_s,compress_cpu_s,compress_peak_rss_bytes,key,error"
+    "model,method,settings,data,protocol,status,perplexity,size_bytes,weights,bits_per_weight,"
+    "prefill_ms,decode_tokens_per_s,load_s,compress_s,compress_cpu_s,compress_peak_rss_bytes,"
+    "front,key,error"
 )
 
 
@@ -42,6 +43,7 @@ def make(method="none", perplexity=20.0, started="2026-11-22T10:00:00+00:00", **
         "block_nll_nats": [0.1 * nll, 0.15 * nll] * 4,
         "scored_tokens": 200,
         "size_bytes": 1_500_000,
+        "weights": 2_666_666,
         "bits_per_weight": 4.5,
         "prefill_ms": 12.34,
         "decode_tokens_per_s": 56.78,
@@ -205,8 +207,8 @@ def test_markdown_header_says_how_where_and_when():
         "machine: EPYC, 2 cores, 16 GiB (amx); threads used: 2",
         "torch 2.13.0; commit 0123456789ab; newest record 2026-11-23",
         "weights: revision r0, from",
-        "| gptq |  | 21.000 | +5.00 % [+4.23, +5.77] | 1.5 | 4.50 | 12.3 | 56.8 | 0.12 | 3.2 "
-        "| 6.5 | 99 | gptq-21.0",
+        "| gptq |  | 21.000 | +5.00 % [+4.23, +5.77] | 1.5 | 2.7 | 4.50 | 12.3 (1.00x) "
+        "| 56.8 (1.00x) | 0.12 | 3.2 | 6.5 | 99 |  | gptq-21.0",
     ):
         assert part in text
     assert "- data: checksum d0\n" in board.to_markdown([failed(blocks={})])
@@ -225,6 +227,29 @@ def test_each_environment_says_what_ran_in_it():
     assert "- lib: torch 2.6.0 lib 1.2" in lines
     [software] = [line for line in lines if line.startswith("- software")]
     assert "torch 2.13.0;" in software and not any(line.startswith("- lib-") for line in lines)
+
+
+def test_the_front_by_hand():
+    points = {  # perplexity, bytes, tokens a second
+        "none": (20.0, 400, 10.0),
+        "a": (21.0, 100, 30.0),
+        "b": (21.0, 100, 20.0),  # as good and as small as a, slower
+        "c": (25.0, 120, 40.0),  # worse and larger than a, faster
+        "d": (30.0, 50, None),  # the smallest; not timed
+        "e": (31.0, 50, 5.0),  # as small as d, and worse
+    }
+    records = [
+        make(name, perplexity, size_bytes=size, decode_tokens_per_s=speed)
+        for name, (perplexity, size, speed) in points.items()
+    ]
+    records.append(failed(method="f"))
+    found = {row["method"]: row["front"] for row in board.rows(records)}
+    assert found == {
+        **{"none": "size decode", "a": "size decode", "b": "size", "c": "decode"},
+        **{"d": "size", "e": None, "f": None},
+    }
+    text = board.to_markdown(records)
+    assert "| size, decode | a-21.0" in text and "40.0 (4.00x)" in text and "5.0 (0.50x)" in text
 
 
 def test_records_of_another_kind_are_passed_over():
