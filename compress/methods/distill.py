@@ -7,7 +7,8 @@ is kept.
 
 Alone, the student is made of some of the teacher's blocks, every second one unless told otherwise,
 as DistilGPT2 was, or is a new model of other sizes. After another method in a pipeline the student
-is what that made and the teacher the model it was made from: `prune_structured+distill`.
+is what that made and the teacher the model it was made from: `prune_structured+distill`. Codes stay
+what they are then, and their scales learn: `rtn(bits=2)+distill`.
 
 Each step costs the teacher's forward pass besides the student's own; `share=0` is the same student
 without a teacher, to compare with.
@@ -31,6 +32,7 @@ from compress.block_shapes import keep_blocks
 from compress.layers import cast_parameters, decoder_blocks, model_dtype
 from compress.model_config import new_model
 from compress.registry import register
+from compress.trained_scales import close_codes, open_codes
 from compress.training import Loss, Trained, next_token
 
 
@@ -43,6 +45,7 @@ class Distill(Trained):
     weights; 0 for the model's.
     """
 
+    takes: ClassVar[tuple[str, ...]] = ("floats", "factors", "codes")
     extras: ClassVar[tuple[str, ...]] = ("parent", "work")
 
     share: float = 0.5
@@ -74,7 +77,8 @@ class Distill(Trained):
 
         calibration: (sequences, tokens) int64. parent: gives the teacher; None: `model` itself.
         work: see Trained.train. Raises what that raises, ValueError for sizes that make no model,
-        or weights that are not finite.
+        weights that
+        are not finite, or layers that round their inputs.
         """
         dtype = model_dtype(model)
         teacher: Any = copy.deepcopy(model) if parent is None else parent()
@@ -84,7 +88,9 @@ class Distill(Trained):
         same = student.config.hidden_size == teacher.config.hidden_size
         if self.hidden and not same:
             raise ValueError("hidden: student and teacher have hidden states of different widths")
+        open_codes(student)
         self.train(student, calibration, self.losses(teacher), progress, work)
+        close_codes(student)
         return cast_parameters(student.requires_grad_(False), dtype)
 
     def student(self, model: Any, alone: bool) -> Any:
