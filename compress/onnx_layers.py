@@ -214,6 +214,8 @@ def operators(layer: Any, accuracy_level: int) -> nn.Module | None:
         return Dense(layer.weight, layer.bias)
     if type(layer).__name__ == "LlamaRMSNorm":
         return RmsNorm(layer.weight, layer.variance_epsilon)
+    if type(layer).__name__ == "NewGELUActivation":  # written out: eight operators
+        return nn.GELU("tanh")
     return None
 
 
