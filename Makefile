@@ -13,7 +13,7 @@ run: $(READY)  ## the main job: compress smollm2-135m by several methods and pri
 
 test: $(READY)  ## all tests; the model of 93 MB is fetched once
 	@echo "Running the tests: 6 to 20 minutes on 2 cores, by the processor."
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

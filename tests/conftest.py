@@ -17,6 +17,8 @@ atexit.register(shutil.rmtree, HUB_HOME, ignore_errors=True)
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": HUB_HOME}
 # Read when typer and rich are imported: help and errors are the same text everywhere.
 os.environ["COLUMNS"] = "200"
+if "PYTEST_XDIST_WORKER" in os.environ:  # read when torch is imported: workers share the cores
+    os.environ["OMP_NUM_THREADS"] = "1"
 for name in (
     *("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"),  # either would win over HF_HOME
     *("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"),
