@@ -12,7 +12,7 @@ run: $(READY)  ## the main job: compress smollm2-135m by several methods and pri
 	$(BIN)/python -m bench run --methods none,rtn,gptq,awq $(ARGS)
 
 test: $(READY)  ## all tests; the model of 93 MB is fetched once
-	@echo "Running the tests: 6 to 20 minutes on 2 cores, by the processor."
+	@echo "Running the tests: 6 to 15 minutes on 2 cores, by the processor."
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(READY)  ## style and types
@@ -24,9 +24,9 @@ check: lint  ## style, types and the fast tests
 	$(BIN)/python -m pytest -q -x tests/compress tests/test_architecture.py
 
 # The product on toy models: every method on GPT-2 and Llama, compressed, saved, loaded, measured.
-SMOKE := none,cast,int8_sym,int8_asym,dynamic,rtn,gptq,awq,qep,gptq(bits=3),\
+SMOKE := none,cast,int8_sym,int8_asym,dynamic,rtn,gptq,awq,qep,rtn+onnx,\
 prune_depth+rtn,prune_sparse,low_rank,distill(steps=5),prune_structured+recover(steps=5)+gptq
-smoke: $(READY)  ## the whole matrix on two tiny random models, about 2 minutes
+smoke: $(READY)  ## the whole matrix on two tiny random models, about 4 minutes
 	for model in tiny-gpt2 tiny-llama; do \
 	  $(BIN)/python -m bench run --model $$model --methods '$(SMOKE)' --samples 16 \
 	    --results build/smoke || exit 1; \

@@ -68,12 +68,21 @@ def permuted(
 
 
 def group(name: str, own: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Every method of a group of GROUPS with its defaults, but the parent and `file:PATH`."""
+    """Every method of a group of GROUPS with its defaults.
+
+    But the parent and `file:PATH`, and what compresses nothing by itself: the graph.
+    """
     if own:
         raise UsageError(f"{name!r} stands for many methods and takes no settings; name them")
     package = f"{GROUPS[name]}."
-    found = [each for each in registry.names() if each not in (PARENT, registry.FILE)]
-    return [(each, {}) for each in found if type(registry.get(each)).__module__.startswith(package)]
+    found = {each: registry.get(each) for each in registry.names()}
+    return [
+        (name, {})
+        for name, method in found.items()
+        if name not in (PARENT, registry.FILE)
+        and method.leaves != "graph"
+        and type(method).__module__.startswith(package)
+    ]
 
 
 def staged(

@@ -48,7 +48,7 @@ registry.discover("compress.methods")
 
 
 def names() -> list[str]:
-    """The methods that `apply` takes, sorted: all but those that read what others have made."""
+    """The methods that make a model that `save` writes, sorted; `apply` takes "onnx" besides."""
     return [name for name in registry.names() if not registry.get(name).foreign]
 
 
