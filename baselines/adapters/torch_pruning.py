@@ -7,6 +7,7 @@ share keys its grouping of q, k and v does not come to an end, so that there the
 Source: https://github.com/VainF/Torch-Pruning (examples/LLMs)
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,14 +22,18 @@ from compress.registry import register
 
 @dataclass(frozen=True)
 class TorchPruning(Peer):
-    """ratio: the share of each width that goes, of matrices on both sides. round_to: of widths."""
+    """ratio: the share of each width that goes, of matrices on both sides.
+
+    round_to: widths are left a multiple of this; 0 for one of the recipe's 4 and of the number of
+    heads, since transformers refuses hidden states that the heads do not divide.
+    """
 
     env: ClassVar[str | None] = "torch_pruning"
     libraries: ClassVar[tuple[str, ...]] = ("torch-pruning",)
     leaves: ClassVar[str] = "floats"
 
     ratio: float = 0.1
-    round_to: int = 4
+    round_to: int = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError for a ratio that leaves all or nothing."""
@@ -71,7 +76,7 @@ class TorchPruning(Peer):
             prune_num_heads=not shared,
             prune_head_dims=False,
             head_pruning_ratio=self.ratio,
-            round_to=self.round_to,
+            round_to=self.round_to or math.lcm(4, heads),
             unwrapped_parameters=[(each, 0) for each in model.parameters() if each.dim() == 1],
             output_transform=lambda out: out.logits,
         )
