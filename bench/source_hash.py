@@ -3,11 +3,14 @@
 Follows `import` statements through our own packages only, by reading the files, without running
 them. Adding a method file therefore changes the hash of no other method. A package's
 `__init__.py` counts where something is imported from it, not where it is merely passed through. A
-module that names the folder "native" depends on the C sources there.
+module that names the folder "native" depends on the C sources there. Comments and docstrings of
+Python do not count: a method's text may cite the records that it made.
 """
 
 import ast
 import hashlib
+import io
+import tokenize
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -31,8 +34,30 @@ def source_hash(files: Iterable[Path], alone: Iterable[Path] = ()) -> str:
     digest = hashlib.sha256()
     for file in sorted(seen):
         name = file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else file.name
-        digest.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        digest.update(f"{name} {hashlib.sha256(meaning(file)).hexdigest()}\n".encode())
     return digest.hexdigest()[:12]
+
+
+def meaning(file: Path) -> bytes:
+    """What counts of `file`: of Python, the lines without comments, docstrings and empty lines."""
+    content = file.read_bytes()
+    if file.suffix != ".py":
+        return content
+    text = content.decode()
+    lines: list[str | None] = list(text.splitlines())
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            before = str(lines[row - 1])[:column].rstrip()
+            lines[row - 1] = before or None
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            continue
+        if ast.get_docstring(node, clean=False) is not None:
+            said = node.body[0]
+            for row in range(said.lineno - 1, said.end_lineno or said.lineno):
+                lines[row] = None
+    return "\n".join(line for line in lines if line).encode()
 
 
 def module_file(module: str) -> Path | None:

@@ -50,8 +50,25 @@ def test_follows_imports_and_nothing_else(tree, changed):
     method = tree / "compress/methods/one.py"
     before = source_hash([method])
     with (tree / changed).open("a") as file:
-        file.write("# another line\n")
+        file.write("another = 1;\n")
     assert (source_hash([method]) != before) == CASES[changed]
+
+
+def test_comments_and_docstrings_do_not_count(tree):
+    method = tree / "compress/methods/one.py"
+    code = "def f():\n    return '# no comment'\n"
+    method.write_text(code)
+    before = source_hash([method])
+    for same in (
+        f'"""What it is for,\n\nin lines."""\n\n{code}',
+        "# why\ndef f():  # how\n    return '# no comment'\n",
+        "def f():\n    'About.'\n\n    return '# no comment'\n",
+    ):
+        method.write_text(same)
+        assert source_hash([method]) == before
+    for other in (code.replace("no ", ""), f"{code}'a string alone'\n", code.replace("f()", "g()")):
+        method.write_text(other)
+        assert source_hash([method]) != before
 
 
 def test_a_name_from_a_package_brings_its_init(tree):
