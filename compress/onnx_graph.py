@@ -8,13 +8,9 @@ unequal length are padded on the left. The numbers lie in a file of their own be
 that there is no limit of 2 GB.
 
 torch.onnx traces transformers' own forward pass; what ONNX has an operator for (attention with a
-past, RMSNorm, products of codes) is that operator, see onnx_layers.py.
+past, rotation, RMSNorm, products of codes) is that operator: see onnx_tracing.py, onnx_layers.py.
 """
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -22,54 +18,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.onnx.ops import symbolic, symbolic_multi_out
+from torch.onnx.ops import symbolic
 
 from compress.layers import family
 from compress.model_files import CONFIG, head_name, our_layers, plain_tensors
 from compress.onnx_layers import Codes, operators, table_of
+from compress.onnx_tracing import NAME as ATTENTION
+from compress.onnx_tracing import Past, tracing
 
 GRAPH, NUMBERS = "model.onnx", "model.onnx_data"
 OPSET = 23  # the first with attention and RMSNorm
 KEEP = "num_logits_to_keep"
 WEIGHTS = "slimbench.weights"  # in the graph's metadata: how many numbers its tensors mean
-ATTENTION = "slimbench_onnx"  # the name under which transformers finds `attention`
 EXAMPLE = {"batch": 2, "past": 3, "seq": 5}  # of the trace: neither 0 nor 1, nor equal
-
-
-class Past:
-    """Keys and values of every block, as transformers' blocks ask for them."""
-
-    def __init__(self, tensors: list[Tensor]):
-        self.tensors = list(tensors)
-
-    def update(self, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        """The new keys and values: it is `attention` that joins them to the past."""
-        return key, value
-
-    def get_seq_length(self, block: int = 0) -> int:
-        """Tokens in the past."""
-        return self.tensors[0].shape[2]
-
-
-def attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any
-) -> tuple[Tensor, None]:
-    """The operator Attention, which reads the past and gives it back longer.
-
-    query: (batch, heads, seq, width); key, value: (batch, key heads, seq, width), the new ones
-    alone; mask: (batch, 1, seq, past + seq), added. Returns (batch, seq, heads, width).
-    """
-    held, place = options["held"].tensors, 2 * module.layer_idx
-    before = held[place : place + 2]
-    total = (*key.shape[:2], before[0].shape[2] + key.shape[2], key.shape[3])
-    y, *held[place : place + 2] = symbolic_multi_out(
-        "Attention",
-        (query, key, value, mask, *before),
-        {"scale": float(options.get("scaling") or query.shape[-1] ** -0.5)},
-        dtypes=[query.dtype] * 3,
-        shapes=[query.shape, total, total],
-    )
-    return y.transpose(1, 2), None
 
 
 class Graph(nn.Module):
@@ -120,9 +81,6 @@ def prepared(model: Any, dtype: torch.dtype, accuracy_level: int) -> Graph:
 
     Raises ValueError, naming the layer, for one that no operator of ONNX means.
     """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
     model.config._attn_implementation = ATTENTION
     embeddings = family(model).embeddings
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -195,7 +153,7 @@ def export(model: Any, dtype: torch.dtype, accuracy_level: int) -> Exported:
     kinds = [f"{block}.{kind}" for block in range(len(shapes) // 2) for kind in ("key", "value")]
     before = [f"past_key_values.{kind}" for kind in kinds]
     after = [f"present.{kind}" for kind in kinds]
-    with quiet(), torch.no_grad():
+    with tracing(), torch.no_grad():
         program: Any = torch.onnx.export(
             graph,
             kwargs=inputs,
@@ -267,17 +225,3 @@ def weights(folder: Path) -> int | None:
     graph = onnx.load(folder / GRAPH, load_external_data=False)
     said = {entry.key: entry.value for entry in graph.metadata_props}.get(WEIGHTS, "")
     return int(said) if said.isdecimal() else None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without what torch's exporter says of itself."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)

@@ -19,6 +19,7 @@ from compress.methods.onnx import Onnx
 from compress.methods.rtn import Rtn
 from compress.onnx_layers import Codes, Integers, Table
 from compress.onnx_runner import OnnxRunner
+from compress.onnx_tracing import tracing
 from compress.quant_embedding import QuantEmbedding
 from compress.quant_linear import QuantLinear
 
@@ -128,7 +129,7 @@ def test_after_another_method_it_is_what_that_made(name, tiny_gpt2, tmp_path):
 
 def ran(module, x):
     """What ONNX Runtime makes of `module`."""
-    with onnx_graph.quiet(), torch.no_grad():
+    with tracing(), torch.no_grad():
         made = torch.onnx.export(
             nn.Sequential(module), (x,), dynamo=True, opset_version=23, verbose=False
         )
