@@ -218,10 +218,10 @@ def anonymous(made: Any) -> Any:
 
 def weights(folder: Path) -> int | None:
     """How many numbers the graph in `folder` means; None if it is not there or none of ours."""
-    import onnx
-
     if not (folder / NUMBERS).is_file():
         return None
+    import onnx  # not in the environments of all peers
+
     graph = onnx.load(folder / GRAPH, load_external_data=False)
     said = {entry.key: entry.value for entry in graph.metadata_props}.get(WEIGHTS, "")
     return int(said) if said.isdecimal() else None
