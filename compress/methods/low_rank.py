@@ -6,7 +6,7 @@ squared singular values that are dropped. A rank k holds k (out + in) numbers fo
 
 Gives plain products that every machine multiplies fast, and can be trained afterwards (`recover`,
 `distill`). Language models' matrices are nearly of full rank: at the same size four bits lose far
-less.
+less. Records on gpt2-mini: 7098b715502b, then taught by its parent d32d1b13bcc9.
 
 Source: X. Wang et al., "SVD-LLM", 2024, section 3.1, https://arxiv.org/abs/2403.07378
 """

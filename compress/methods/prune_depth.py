@@ -7,7 +7,8 @@ calibration; the blocks that turn the stream least go. `angle` measures the same
 that whose going leaves the least loss on the calibration.
 
 A block less is a block's time less on any machine, whatever the kernels. What is left can be
-trained afterwards (`recover`, `distill`).
+trained afterwards (`recover`, `distill`). For the weights that it saves it costs more than
+`prune_structured`. Records: 3 and 6 of smollm2-135m's 30 blocks, 8cfdb9522f37 and af411a536c41.
 
 Source: X. Men et al., "ShortGPT", 2024 (influence), https://arxiv.org/abs/2403.03853; A. Gromov et
 al., "The Unreasonable Ineffectiveness of the Deeper Layers", 2024 (angle),

@@ -6,7 +6,8 @@ is learnt beside each (LoRA) and added to it afterwards: the result is a plain m
 
 What it is trained on it also gets better at, pruned or not: where the text is of the kind that the
 model is judged by, compare with `recover` alone, not with the parent. `distill` learns from the
-parent instead, which adds no knowledge of the text.
+parent instead, which adds no knowledge of the text. Records: smollm2-135m after 20 % of structured
+pruning, trained on C4 and judged on WikiText-2, b514c0ee15ff; gpt2-mini after half, f21b52a7ad00.
 
 Source: X. Ma et al., "LLM-Pruner", 2023, section 3.3, https://arxiv.org/abs/2305.11627; E. Hu et
 al., "LoRA", 2021, https://arxiv.org/abs/2106.09685
