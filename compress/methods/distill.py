@@ -11,9 +11,10 @@ is what that made and the teacher the model it was made from: `prune_structured+
 what they are then, and their scales learn: `rtn(bits=2)+distill`.
 
 Each step costs the teacher's forward pass besides the student's own; `share=0` is the same student
-without a teacher, to compare with. Records on gpt2-mini, with and without: 3 of 5 blocks 2f29fdcd168a
-and 09f8c4073ba4, after structured pruning 53d0878b5484 and e3e7e0c7f463; scales of 2-bit codes
-6b1f0cae5ffa.
+without a teacher, to compare with.
+
+Records on gpt2-mini, with a teacher and without: 3 of 5 blocks 2f29fdcd168a and 09f8c4073ba4, after
+structured pruning 53d0878b5484 and e3e7e0c7f463. Scales of 2-bit codes: 6b1f0cae5ffa.
 
 Source: V. Sanh et al., "DistilBERT", 2019, section 3, https://arxiv.org/abs/1910.01108; G. Hinton
 et al., "Distilling the Knowledge in a Neural Network", 2015, https://arxiv.org/abs/1503.02531
